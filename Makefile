@@ -1,0 +1,101 @@
+# `make demo` and `make test` are all that is needed on a machine with Python 3.11+ and make.
+# Everything happens in ./.venv; nothing outside this folder is changed.
+
+PYTHON ?= python3
+CORES ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
+	if [ "$$n" -gt 8 ]; then n=8; fi; echo "$$n")
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+unexport PYTHONPATH PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PYTHONNOUSERSITE := 1
+
+PIP := .venv/bin/python -m pip --quiet --require-virtualenv
+WITH_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+DEMO := results/comparison/config
+
+# A stamp holds the folder it was made in: scripts of a virtual environment hold absolute paths, so
+# one that was moved or whose Python is gone is made anew, like one that was never finished.
+ifneq ($(shell .venv/bin/python -c "" 2>/dev/null && cat .venv/.core-stamp 2>/dev/null),$(CURDIR))
+.venv/.core-stamp: FORCE
+endif
+
+.PHONY: help demo test test-fast lint format envs clean clean-results FORCE
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.core-stamp ## install, run the default comparison, write its report, print its table
+	@$(WITH_VENV) snakemake --cores $(CORES) --quiet rules
+	@if [ ! $(DEMO)/report.html -nt $(DEMO)/table.csv ]; then \
+		$(WITH_VENV) snakemake --cores 1 --quiet all --report $(DEMO)/report.html; \
+	fi
+	@.venv/bin/tlora table config/config.yaml
+
+test: .venv/.dev-stamp ## install and run all tests
+	@$(WITH_VENV) python -m pytest $(PYTEST_ARGS)
+
+test-fast: .venv/.dev-stamp ## the tests that are not marked slow (under three minutes)
+	@$(WITH_VENV) python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: .venv/.dev-stamp ## check style, formatting, the workflow and the direction of imports
+	@$(WITH_VENV) ruff check .
+	@$(WITH_VENV) ruff format --check .
+	@$(WITH_VENV) snakefmt --check Snakefile workflow
+	@$(WITH_VENV) snakemake --lint
+	@$(WITH_VENV) lint-imports
+
+format: .venv/.dev-stamp ## rewrite Python and Snakemake files in the project's style
+	@$(WITH_VENV) ruff check --fix .
+	@$(WITH_VENV) ruff format .
+	@$(WITH_VENV) snakefmt Snakefile workflow
+
+envs: ## write envs/*.yaml from envs/*.lock
+	@$(PYTHON) envs/render.py
+
+clean: ## remove .venv, build products and tools' caches; results stay
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find tlora tests workflow envs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-results: ## remove results, logs and Snakemake's records (asks; YES=1 does not ask)
+	@if [ "$${YES:-}" != 1 ]; then \
+		read -r -p "Remove results, logs and .snakemake in $$PWD? [y/N] " answer || true; \
+		[ "$${answer:-}" = y ] || { echo "nothing removed"; exit 1; }; \
+	fi; \
+	rm -rf results logs .snakemake
+
+# torch comes first and with its own dependencies, because a CUDA build needs more than is listed.
+.venv/.core-stamp: envs/core.lock pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "$(PYTHON): not found; Python 3.11 or newer is needed: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("%s is Python %d.%d; \
+	3.11 or newer is needed: make PYTHON=..." % (sys.executable, v[0], v[1]))'
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "python3-venv is missing: install it (Debian, Ubuntu: apt-get install" \
+		"python3-venv) and start make again" >&2; exit 1; }
+	@if [ "$$(cat .venv/.core-stamp 2>/dev/null)" != "$(CURDIR)" ] || ! .venv/bin/python -c ""; then \
+		echo "making .venv (some minutes; about 2 GB, more where torch is a CUDA build)"; \
+		"$(PYTHON)" -m venv --clear .venv; \
+	fi
+	@rm -f .venv/.core-stamp .venv/.dev-stamp
+	@.venv/bin/python -m pip install --constraint envs/core.lock torch
+	@echo "installing envs/core.lock"; $(PIP) install --no-deps --requirement envs/core.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@.venv/bin/python -m pip check
+	@.venv/bin/python -c 'import torch'
+	@printf '%s\n' "$(CURDIR)" > $@
+
+.venv/.dev-stamp: .venv/.core-stamp envs/dev.lock
+	@rm -f $@
+	@echo "installing envs/dev.lock"; $(PIP) install --no-deps --requirement envs/dev.lock
+	@.venv/bin/python -m pip check
+	@touch $@
+
+FORCE:

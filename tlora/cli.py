@@ -1,0 +1,234 @@
+"""The command line: argument parsing only."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import UserError
+
+STAGES = {
+    "prepare": "render, tokenise and split a task's records",
+    "calibrate": "compute one statistic of the base model",
+    "allocate": "turn a sensitivity into ranks and scalings",
+    "initialize": "compute an adapter's A0 and B0",
+    "train": "fine-tune",
+    "export": "write the trained weights in the form that others load",
+    "generate": "complete a benchmark's prompts",
+    "score": "judge completions: tlora score BENCHMARK generations.jsonl --out score.json",
+    "compare": "build a preset's tables and plots",
+    "track": "make MLflow equal to the files",
+    "tiny_base": "make the embedded base model",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `tlora VERB`; return the exit status: 0, or 1 with one line on stderr for bad input."""
+    options = _parser().parse_args(arguments)
+    log = getattr(options, "log", None)
+    _logging(log)
+    try:
+        options.run(options)
+    except UserError as error:
+        logging.getLogger("tlora").error("%s", error)
+        print(f"tlora: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception as error:
+        if log is None:
+            raise
+        logging.getLogger("tlora").error("%s", traceback.format_exc())
+        print(f"tlora: {type(error).__name__}: {error} (see {log})", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _logging(path: str | None) -> None:
+    """Log to a file where one is given; otherwise warnings go to stderr."""
+    if path is None:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=path,
+        filemode="w",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.captureWarnings(True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tlora", description="Compare LoRA-type methods.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in STAGES.items():
+        stage = verbs.add_parser(verb, help=summary, description=summary)
+        if verb == "score":
+            stage.add_argument("benchmark", nargs="?", help="a benchmark or a scorer")
+            stage.add_argument("generations", nargs="?", type=Path, help="JSON lines")
+        stage.add_argument("--spec", help="what to compute, as JSON")
+        stage.add_argument("--input", nargs="*", default=[], metavar="NAME=PATH")
+        stage.add_argument("--out", type=Path, required=True, help="where the artefact goes")
+        stage.add_argument("--place", default="{}", help="where and how to compute, as JSON")
+        stage.add_argument("--log", help="log file")
+        stage.set_defaults(run=_stage)
+    for verb, summary, run in (
+        ("list", "list models, tasks, methods and benchmarks; with a preset, its cells", _list),
+        ("where", "list the paths of a preset's artefacts", _where),
+        ("validate", "check a preset without running anything", _validate),
+        ("table", "print a preset's comparison table", _table),
+    ):
+        command = verbs.add_parser(verb, help=summary, description=summary)
+        count = "*" if verb == "list" else "+"
+        command.add_argument("preset", nargs=count, type=Path, help="a preset's YAML")
+        _config_option(command)
+        if verb == "where":
+            command.add_argument("--stage", help="only this stage")
+        command.set_defaults(run=run)
+    show = verbs.add_parser("show", help="print a cell's effective values and their origin")
+    show.add_argument("preset", type=Path, help="a preset's YAML")
+    show.add_argument("task")
+    show.add_argument("method")
+    show.add_argument("--model", help="where the preset has several")
+    _config_option(show)
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", nargs="*", default=[], metavar="KEY=VALUE", help="as snakemake's --config"
+    )
+
+
+def _stage(options: argparse.Namespace) -> None:
+    if options.verb == "score" and options.benchmark is not None:
+        _score_file(options)
+        return
+    if options.spec is None:
+        raise UserError(f"{options.verb}: --spec: expected a spec as JSON")
+    spec = _json("--spec", options.spec)
+    place = _json("--place", options.place)
+    inputs = {}
+    for pair in options.input:
+        name, _, path = pair.partition("=")
+        if not Path(path).exists():
+            raise UserError(f"--input: {pair!r}: expected NAME=PATH of a file that exists")
+        inputs[name] = Path(path)
+    if "work" in place:
+        place["stamp"] = _stamp(options.verb, spec, inputs)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stage = importlib.import_module(f"tlora.stages.{options.verb}")
+    getattr(stage, options.verb)(spec, inputs, options.out, place)
+
+
+def _json(option: str, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option}: {text[:60]!r}: expected JSON: {error}") from error
+
+
+def _stamp(stage: str, spec: dict, inputs: dict[str, Path]) -> str:
+    """Return what partial state must agree with: the spec, the inputs' content and the code's."""
+    import hashlib
+
+    from tlora.artefact import sha256_file
+    from tlora.code import stage_files
+    from tlora.spec import canonical
+
+    parts = [canonical(spec)]
+    parts += [f"{name} {sha256_file(path)}" for name, path in sorted(inputs.items())]
+    parts += [f"{path.name} {sha256_file(path)}" for path in stage_files(stage, spec)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _score_file(options: argparse.Namespace) -> None:
+    from tlora.stages.score import score_file
+
+    if options.generations is None:
+        raise UserError("score: generations: expected a file of JSON lines")
+    score_file(options.benchmark, options.generations, options.out)
+
+
+def _plan(options: argparse.Namespace, files: list[Path] | None = None) -> Any:
+    from tlora.config import command_line
+    from tlora.plan import Plan
+
+    return Plan(files or options.preset, command_line(options.config))
+
+
+def _validate(options: argparse.Namespace) -> None:
+    plan = _plan(options)
+    print(f"{plan.document.path}: {len(plan.cells)} cells, {len(plan.units)} units of work: valid")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from tlora.config import KINDS, Library
+
+    if not options.preset:
+        library = Library(Path("config"))
+        for kind in KINDS:
+            print(f"{kind}: {', '.join(library.names(kind))}")
+        return
+    for cell in _plan(options).cells:
+        seed = "-" if cell.seed is None else cell.seed
+        print(f"{cell.model}\t{cell.task}\t{cell.row.name}\t{seed}")
+
+
+def _where(options: argparse.Namespace) -> None:
+    plan = _plan(options)
+    for (stage, _), unit in plan.units.items():
+        if options.stage in (None, stage):
+            state = "made" if unit.main.is_file() else "missing"
+            print(f"{unit.main}\t{state}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from tlora.config import nearest
+
+    plan = _plan(options, [options.preset])
+    model = options.model or plan.preset.models[0]
+    rows = {row.name: row for row in plan.rows}
+    for kind, name, known in (
+        ("model", model, plan.preset.models),
+        ("task", options.task, plan.preset.tasks),
+        ("method", options.method, rows),
+    ):
+        if name not in known:
+            raise UserError(f"{options.preset}: {kind}: {name!r}: {nearest(name, known)}")
+    settings = plan.settings(model, options.task, rows[options.method])
+    width = max(map(len, settings))
+    values = {key: str(setting.value) for key, setting in settings.items()}
+    column = max(map(len, values.values()))
+    for key, setting in settings.items():
+        print(f"{key:{width}}  {values[key]:{column}}  {setting.source}")
+
+
+def _table(options: argparse.Namespace) -> None:
+    from tlora.comparison.tables import text
+
+    plan = _plan(options)
+    folder = plan.comparison
+    if not (folder / "table.csv").is_file():
+        raise UserError(f"{folder}/table.csv: not there yet: run snakemake first")
+    print(text(folder))
+    print(f"tables  {folder}/table.{{csv,md,tex,html}}")
+    print(f"plots   {folder}/plots/")
+    if (folder / "report.html").is_file():
+        print(f"report  {folder}/report.html")
+    print("MLflow  mlflow ui --backend-store-uri sqlite:///results/mlflow.db")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

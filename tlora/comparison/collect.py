@@ -1,0 +1,380 @@
+"""From grid.json and the artefacts it names to sections, rows and runs.
+
+A *section* is one task on one base model and becomes one table; a *row* of it is one method; a
+*run* is one seed of the row. Nothing is dropped: a run that failed keeps its place and its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tlora.artefact import read_json
+from tlora.comparison.statistics import Summary, summarise, wilson_half_width
+from tlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Score:
+    """What score.json says, without its items. `value` and `metrics` are shares, 0 to 1."""
+
+    path: str
+    value: float
+    n: int
+    metric: str
+    metrics: dict[str, float]
+    unextracted: int
+
+    @property
+    def further(self) -> dict[str, float]:
+        """The metrics beside the headline one."""
+        return {name: value for name, value in self.metrics.items() if name != self.metric}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid with what its artefacts say.
+
+    Attributes
+    ----------
+    initialization_seconds
+        Sum over the distinct jobs of the run's chain before training, in full even where other
+        runs share them; None for the base model.
+    training
+        train.json, or None for the base model and for a failed run.
+    log
+        Rows of log.jsonl in ascending `step`, one per step (the last written wins).
+    failures
+        Why the run, or its evaluation on one benchmark, gave no number: `{"": reason}` for the
+        whole run, `{benchmark: reason}` for one evaluation.
+    """
+
+    model: str
+    task: str
+    method: str
+    label: str
+    base: bool
+    seed: int | None
+    spec_id: str
+    settings: dict[str, Any]
+    initialization_seconds: float | None
+    initialization_memory: int | None
+    training: dict[str, Any] | None
+    train_path: Path | None
+    log: tuple[dict[str, Any], ...]
+    allocation: Path | None
+    scores: dict[str, Score]
+    evaluation: dict[str, dict[str, Any]]
+    failures: dict[str, str]
+
+    def failure(self, benchmark: str) -> str | None:
+        """Return why there is no number for `benchmark`, None where there is one."""
+        return self.failures.get("") or self.failures.get(benchmark)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one method: they differ in nothing but the seed."""
+
+    model: str
+    task: str
+    method: str
+    label: str
+    base: bool
+    runs: tuple[Run, ...]
+
+    def scores(self, benchmark: str) -> list[Score]:
+        """Return the scores of the runs that have one, in the runs' order."""
+        return [run.scores[benchmark] for run in self.runs if run.failure(benchmark) is None]
+
+    def accuracy(self, benchmark: str) -> Summary:
+        """Return mean and spread over seeds of the benchmark's headline metric (0 to 1)."""
+        return summarise([score.value for score in self.scores(benchmark)])
+
+    def further(self, benchmark: str, metric: str) -> Summary:
+        """Return mean and spread over seeds of another metric of the benchmark."""
+        scores = self.scores(benchmark)
+        return summarise([s.further[metric] for s in scores if metric in s.further])
+
+    def unextracted(self, benchmark: str) -> float | None:
+        """Return the share of completions without an answer that could be read (0 to 1)."""
+        return summarise([s.unextracted / s.n for s in self.scores(benchmark)]).mean
+
+    def items(self, benchmark: str) -> list[int]:
+        """Return the distinct numbers of scored items, ascending; usually one."""
+        return sorted({score.n for score in self.scores(benchmark)})
+
+    def half_width(self, benchmark: str) -> float | None:
+        """Return the 95 % half-width from the items alone (0 to 1) at the row's mean."""
+        mean, items = self.accuracy(benchmark).mean, self.items(benchmark)
+        return None if mean is None else wilson_half_width(mean, items[0])
+
+    def failed(self, benchmark: str | None = None) -> int:
+        """Return how many runs have no number for `benchmark` (None: for at least one)."""
+        if benchmark is None:
+            return sum(bool(run.failures) for run in self.runs)
+        return sum(run.failure(benchmark) is not None for run in self.runs)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the runs that did not fail as a whole."""
+        return [r.seed for r in self.runs if r.seed is not None and "" not in r.failures]
+
+    def training(self, key: str) -> list[float]:
+        """Return one number of train.json for every run that did not fail and has it."""
+        good = [run.training for run in self.runs if run.training and "" not in run.failures]
+        found = [training.get(key) for training in good]
+        return [value for value in found if isinstance(value, int | float)]
+
+    @property
+    def trainable_parameters(self) -> int | None:
+        """Mean over seeds, rounded (seeds differ only where the calibration varies with them)."""
+        mean = summarise(self.training("trainable_parameters")).mean
+        return None if mean is None else round(mean)
+
+    @property
+    def initialization_seconds(self) -> float | None:
+        """Mean over seeds of the seconds before training; None for the base model."""
+        seconds = [r.initialization_seconds for r in self.runs if "" not in r.failures]
+        return summarise([value for value in seconds if value is not None]).mean
+
+    @property
+    def evaluation_seconds(self) -> float | None:
+        """Mean over seeds of the generation seconds, summed over benchmarks."""
+        totals = [
+            math.fsum(cost["seconds"] for cost in run.evaluation.values() if "seconds" in cost)
+            for run in self.runs
+            if run.evaluation
+        ]
+        return summarise(totals).mean
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The largest peak of training over the seeds."""
+        return max((int(v) for v in self.training("peak_memory_bytes")), default=None)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One task on one base model: the content of one table.
+
+    Attributes
+    ----------
+    card
+        The data card of `prepare` ({} where it is absent).
+    """
+
+    model: str
+    task: str
+    model_label: str
+    task_label: str
+    benchmarks: tuple[str, ...]
+    rows: tuple[Row, ...]
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What stands above the table."""
+        return f"{self.task_label}: {self.model_label}"
+
+    def metrics(self, benchmark: str) -> list[str]:
+        """Return the names of the benchmark's metrics beside the headline one, sorted."""
+        names = {m for row in self.rows for s in row.scores(benchmark) for m in s.further}
+        return sorted(names)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that the tables, plots and pages of one preset show."""
+
+    preset: str
+    sections: tuple[Section, ...]
+    labels: dict[str, str]
+    """Label of every benchmark."""
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """All benchmarks, in the order of the sections."""
+        return list(dict.fromkeys(b for section in self.sections for b in section.benchmarks))
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the order of the sections."""
+        return [row for section in self.sections for row in section.rows]
+
+
+def load(grid_path: Path) -> Comparison:
+    """Read grid.json and every artefact it names.
+
+    Sections come task by task in the order in which tasks and then models first appear among the
+    cells; rows in the order of the cells, the base model's first.
+
+    Raises
+    ------
+    UserError
+        For a broken file, a value out of range, or two runs of one seed in one row. A missing
+        artefact is no error: the run is then shown as failed.
+    """
+    grid = read_json(grid_path)
+    runs: dict[tuple[str, str], dict[tuple[str, str, str], list[Run]]] = {}
+    cards: dict[tuple[str, str], dict[str, Any]] = {}
+    for cell in grid["cells"]:
+        expected = grid["tasks"].get(cell["task"], {}).get("benchmarks") or list(cell["scores"])
+        run = load_run(cell, expected)
+        place = (run.task, run.model)
+        rows = runs.setdefault(place, {})
+        rows.setdefault((run.method, run.label, str(run.base)), []).append(run)
+        if cell.get("card") and not cards.get(place):
+            cards[place] = _optional(Path(cell["card"])) or {}
+    tasks = list(dict.fromkeys(task for task, _ in runs))
+    models = list(dict.fromkeys(model for _, model in runs))
+    sections = []
+    for task in tasks:
+        for model in (name for name in models if (task, name) in runs):
+            rows = [_row(found, grid_path) for found in runs[task, model].values()]
+            seen = dict.fromkeys(b for row in rows for run in row.runs for b in run.scores)
+            described = grid["tasks"].get(task, {})
+            sections.append(
+                Section(
+                    model=model,
+                    task=task,
+                    model_label=_label(grid["models"], model),
+                    task_label=_label(grid["tasks"], task),
+                    benchmarks=tuple(described.get("benchmarks") or seen),
+                    rows=tuple(sorted(rows, key=lambda row: not row.base)),
+                    card=cards.get((task, model), {}),
+                )
+            )
+    names = [benchmark for section in sections for benchmark in section.benchmarks]
+    labels = {name: _label(grid.get("benchmarks", {}), name) for name in names}
+    return Comparison(preset=grid["preset"], sections=tuple(sections), labels=labels)
+
+
+def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
+    """Read the artefacts of one cell of grid.json.
+
+    Parameters
+    ----------
+    cell
+        One entry of the grid's `cells`.
+    benchmarks
+        The benchmarks that the cell must have a score for.
+    """
+    failures: dict[str, str] = {}
+    if cell.get("failed"):
+        reason = cell["failed"]
+        failures[""] = reason if isinstance(reason, str) else "marked as failed"
+    base = bool(cell.get("base"))
+    train_path = Path(cell["train"]) if cell.get("train") else None
+    training = _optional(train_path) if train_path else None
+    if not base and training is None:
+        failures.setdefault("", f"{train_path or 'train.json'} is missing")
+    elif training and training.get("failed"):
+        failures.setdefault("", f"{train_path} says so")
+    scores: dict[str, Score] = {}
+    for benchmark in dict.fromkeys([*benchmarks, *cell["scores"]]):
+        path = cell["scores"].get(benchmark)
+        content = _optional(Path(path)) if path else None
+        if content is None:
+            failures[benchmark] = f"{path or 'score.json'} is missing"
+        elif content.get("failed"):
+            failures[benchmark] = f"{path} says so"
+        else:
+            scores[benchmark] = parse_score(content, path)
+    generations = {name: _optional(Path(p)) for name, p in cell.get("generations", {}).items()}
+    costs = [_optional(Path(path)) for path in dict.fromkeys(cell.get("costs", []))]
+    known = [cost for cost in costs if cost is not None]
+    memory = [int(cost["peak_memory_bytes"]) for cost in known if cost.get("peak_memory_bytes")]
+    seconds = math.fsum(cost.get("seconds", 0.0) for cost in known)
+    allocation = Path(cell["allocation"]) if cell.get("allocation") else None
+    return Run(
+        model=cell["model"],
+        task=cell["task"],
+        method=cell["method"],
+        label=cell.get("label") or cell["method"],
+        base=base,
+        seed=cell.get("seed"),
+        spec_id=cell["spec_id"],
+        settings=cell.get("settings", {}),
+        initialization_seconds=None if base else seconds,
+        initialization_memory=max(memory, default=None),
+        training=training,
+        train_path=train_path,
+        log=() if training is None or train_path is None else read_log(train_path.parent),
+        allocation=allocation if allocation and allocation.is_file() else None,
+        scores=scores,
+        evaluation={name: cost for name, cost in generations.items() if cost is not None},
+        failures=failures,
+    )
+
+
+def parse_score(content: dict[str, Any], path: str) -> Score:
+    """Check and take over what the comparison needs of score.json.
+
+    Raises
+    ------
+    UserError
+        When the value is no share of at least one item.
+    """
+    value, n = content.get("value"), content.get("n")
+    if not isinstance(n, int) or n < 1:
+        raise UserError(f"{path}: n: {n!r}: expected at least one scored item")
+    if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise UserError(f"{path}: value: {value!r}: expected a share between 0 and 1")
+    return Score(
+        path=path,
+        value=float(value),
+        n=n,
+        metric=content.get("metric", "accuracy"),
+        metrics={name: float(number) for name, number in content.get("metrics", {}).items()},
+        unextracted=int(content.get("unextracted", 0)),
+    )
+
+
+def read_log(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Read log.jsonl of a train folder: rows by ascending step, the last row of a step wins.
+
+    A resumed run logs the steps after its checkpoint once more, hence the repeated steps.
+
+    Raises
+    ------
+    UserError
+        Naming the first line that is no JSON.
+    """
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        return ()
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from error
+        if "step" in row:
+            rows[int(row["step"])] = row
+    return tuple(rows[step] for step in sorted(rows))
+
+
+def _row(runs: list[Run], grid_path: Path) -> Row:
+    first = runs[0]
+    seeds = [run.seed for run in runs]
+    repeated = sorted({str(seed) for seed in seeds if seeds.count(seed) > 1})
+    if repeated:
+        raise UserError(
+            f"{grid_path}: cells: {first.model}/{first.task}/{first.label}: seed {repeated[0]}: "
+            "expected one run a seed; rows with different settings need different labels"
+        )
+    return Row(first.model, first.task, first.method, first.label, first.base, tuple(runs))
+
+
+def _label(described: dict[str, Any], name: str) -> str:
+    return described.get(name, {}).get("label") or name
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None

@@ -1,0 +1,43 @@
+"""compare: from the finished grid to tables, plots and one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tlora.artefact import staged, write_text
+from tlora.comparison import collect, ledger, page, plots, tables
+
+
+def compare(
+    spec: dict[str, Any], inputs: dict[str, Path], out: Path, place: dict[str, Any]
+) -> None:
+    """Write the comparison of one preset.
+
+    Parameters
+    ----------
+    spec
+        Not used: what is compared stands in the grid.
+    inputs
+        `grid`: grid.json, with paths relative to the working directory. The scores, train.json and
+        so on that it names are read too.
+    out
+        Gets plots/{task}/*.png, ledger.csv, table.md, table.tex, table.html and, last, table.csv.
+    place
+        Not used.
+
+    Raises
+    ------
+    UserError
+        For a broken artefact. A missing one, or a cell marked as failed, is shown as failed.
+    """
+    comparison = collect.load(Path(inputs["grid"]))
+    found = tables.records(comparison)
+    with staged(out / "plots") as folder:
+        folder.mkdir(parents=True)
+        pictures = plots.draw(comparison, folder)
+    write_text(out / "ledger.csv", tables.to_csv(ledger.entries(comparison)))
+    write_text(out / "table.md", tables.to_markdown(comparison, found))
+    write_text(out / "table.tex", tables.to_latex(comparison, found))
+    write_text(out / "table.html", page.to_html(comparison, found, pictures, out / "plots"))
+    write_text(out / "table.csv", tables.to_csv(found, last=tables.COSTS))

@@ -1,0 +1,27 @@
+"""The trained weights in the form that others load: a plain adapter, or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tlora import methods
+from tlora.artefact import check_files, read_json, sha256_tree, staged, write_json
+
+
+def export(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
+    """Write weights/ and export.json.
+
+    Raises
+    ------
+    UserError
+        Trained weights that are not what train.json vouches for.
+    """
+    method = methods.load(spec["implementation"])
+    card = read_json(inputs["train"])
+    trained = inputs["train"].parent / "weights"
+    check_files(trained, card["files"])
+    initial = inputs["initialize"].parent if "initialize" in inputs else None
+    with staged(out / "weights") as temporary:
+        form = method.export(trained, initial, temporary, method.options(spec["options"]))
+    write_json(out / "export.json", {"form": form, "files": sha256_tree(out / "weights")})

@@ -1,0 +1,358 @@
+"""One fine-tuning run with Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora import methods
+from tlora.artefact import (
+    read_json,
+    remove,
+    sha256_tree,
+    staged,
+    write_json,
+    write_text,
+)
+from tlora.base_model import load_model, load_tokenizer, peak_memory_bytes, source_name
+from tlora.errors import UserError
+from tlora.tasks import tokenised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = 5
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tlora")
+
+
+def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
+    """Train, and write weights/, log.jsonl and train.json.
+
+    Checkpoints, the log and the time spent so far lie in `place["work"]`, stamped with
+    `place["stamp"]`: a run of another spec, input or code starts afresh.
+
+    Raises
+    ------
+    UserError
+        Too few samples for one optimizer step, or a loss that is not finite.
+    """
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    work = open_work(Path(place["work"]), place["stamp"])
+    samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
+    order, dropped = sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
+    steps = len(order) // spec["batch_size"]
+    micro = min(place.get("micro_batch") or spec["batch_size"], spec["batch_size"])
+
+    set_seed(spec["seed"])
+    method = methods.load(spec["implementation"])
+    options = method.options(spec["options"])
+    model = load_model(spec["model"], place)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    model = _adapted(method, options, model, spec, inputs)
+    tokenizer = load_tokenizer(place)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    log = Log(work, steps, spec["epochs"])
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=spec["batch_size"] // micro,
+        max_steps=steps,
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type=spec["schedule"],
+        warmup_steps=math.ceil(spec["warmup_ratio"] * steps),
+        weight_decay=spec["weight_decay"],
+        max_grad_norm=spec["max_grad_norm"],
+        seed=spec["seed"],
+        bf16=spec["model"]["dtype"] == "bfloat16",
+        save_strategy="steps",
+        save_steps=max(1, math.ceil(steps / CHECKPOINTS)),
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=not sys.stderr.isatty(),
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+    class InOrder(Trainer):
+        """The samples are in the order of training already."""
+
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            from torch.utils.data import SequentialSampler
+
+            return SequentialSampler(self.train_dataset)
+
+    extra = method.trainer(model, options, spec)
+    trainer = InOrder(
+        model=model,
+        args=arguments,
+        train_dataset=[samples[index] for index in order],
+        data_collator=lambda rows: tokenised.collate(rows, pad),
+        **{**extra, "callbacks": [_callback(log, place), *extra.get("callbacks", [])]},
+    )
+    for callback in ("PrinterCallback",):
+        _remove_callback(trainer, callback)
+    checkpoint = last_checkpoint(work)
+    log.start(checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    with staged(out / "weights") as temporary:
+        _save(trainer.model, temporary, place)
+    write_text(out / "log.jsonl", (work / "log.jsonl").read_text(encoding="utf-8"))
+    tokens = sum(len(samples[index]["input_ids"]) for index in order)
+    seconds = log.seconds()
+    write_json(
+        out / "train.json",
+        {
+            "trainable_parameters": sum(
+                parameter.numel()
+                for parameter in trainer.model.parameters()
+                if parameter.requires_grad
+            ),
+            "total_parameters": total,
+            "steps": steps,
+            "samples": len(order),
+            "dropped_samples": dropped,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "train_seconds": seconds,
+            "peak_memory_bytes": max(peak_memory_bytes(), log.peak),
+            "final_loss": log.last_loss,
+            "mean_loss": result.training_loss,
+            "attempts": log.attempts,
+            "files": sha256_tree(out / "weights"),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+    )
+    remove(work)
+
+
+def sample_order(count: int, batch_size: int, epochs: float, seed: int) -> tuple[list[int], int]:
+    """Return the samples in the order of training, and how many were dropped.
+
+    Every epoch is a permutation of its own, drawn from `seed`, whose ragged last global batch is
+    dropped: the order is the same for any number of devices and any micro batch.
+
+    Parameters
+    ----------
+    count
+        Samples there are.
+    batch_size
+        Samples an optimizer step, over all devices.
+    epochs
+        May be a fraction.
+    seed
+        The run's.
+
+    Returns
+    -------
+    order : list of int
+        Indices; a multiple of `batch_size` of them.
+    dropped : int
+        Samples left out, over all epochs.
+
+    Raises
+    ------
+    UserError
+        When not one batch comes together.
+    """
+    steps_an_epoch = count // batch_size
+    steps = int(steps_an_epoch * epochs)
+    if steps == 0:
+        raise UserError(
+            f"batch_size: {batch_size}: expected at most {int(count * min(epochs, 1))}, "
+            f"the samples there are ({count} x {epochs} epochs)"
+        )
+    order: list[int] = []
+    generator = random.Random(f"order {seed}")
+    while len(order) < steps * batch_size:
+        epoch = list(range(count))
+        generator.shuffle(epoch)
+        order += epoch[: steps_an_epoch * batch_size]
+    full_epochs = math.ceil(steps / steps_an_epoch)
+    return order[: steps * batch_size], full_epochs * (count - steps_an_epoch * batch_size)
+
+
+def open_work(work: Path, stamp: str) -> Path:
+    """Return the folder of a run's partial state, emptied unless its stamp is `stamp`."""
+    marker = work / "stamp"
+    if not marker.is_file() or marker.read_text() != stamp:
+        remove(work)
+        write_text(marker, stamp)
+    return work
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the newest whole checkpoint.
+
+    Trainer writes trainer_state.json last; a checkpoint without it is torn and is deleted.
+    """
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            remove(path)
+            continue
+        return path
+    return None
+
+
+class Log:
+    """log.jsonl, and the time and memory of a run over all its attempts.
+
+    Parameters
+    ----------
+    work
+        Folder of the run's partial state.
+    steps
+        Optimizer steps of the whole run.
+    epochs
+        Epochs of the whole run.
+    """
+
+    def __init__(self, work: Path, steps: int, epochs: float) -> None:
+        self.path = work / "log.jsonl"
+        self.cost = work / "cost.json"
+        self.steps, self.epochs = steps, epochs
+        self.spent, self.peak, self.attempts = 0.0, 0, 0
+        self.last_loss = math.nan
+        self.started = time.perf_counter()
+
+    def start(self, checkpoint: Path | None) -> None:
+        """Begin an attempt: drop the rows after the checkpoint, take over what was spent."""
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        rows = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # torn by a kill
+                if row["step"] <= step:
+                    rows.append(line)
+        write_text(self.path, "".join(f"{line}\n" for line in rows))
+        if self.cost.is_file():
+            known = read_json(self.cost)
+            self.spent, self.peak = known["seconds"], known["peak_memory_bytes"]
+            self.attempts = known["attempts"]
+        self.attempts += 1
+        self.started = time.perf_counter()
+        self.keep()
+
+    def seconds(self) -> float:
+        """Return the seconds of training so far, over all attempts."""
+        return self.spent + time.perf_counter() - self.started
+
+    def keep(self) -> None:
+        """Write down the cost so far, so that a killed attempt is not free."""
+        self.peak = max(self.peak, peak_memory_bytes())
+        cost = {
+            "seconds": self.seconds(),
+            "peak_memory_bytes": self.peak,
+            "attempts": self.attempts,
+        }
+        write_json(self.cost, cost)
+
+    def row(self, step: int, values: dict[str, float]) -> dict[str, float] | None:
+        """Append a row; returns it, or None for what is no training step.
+
+        Raises
+        ------
+        UserError
+            When the loss is not finite.
+        """
+        if "loss" not in values:
+            return None
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"loss: {values['loss']} at step {step} of {self.steps}: expected a finite number; "
+                "lower the learning rate"
+            )
+        self.last_loss = float(values["loss"])
+        norm = float(values.get("grad_norm", math.nan))
+        row = {
+            "step": step,
+            "epoch": step / self.steps * self.epochs,
+            "loss": self.last_loss,
+            "learning_rate": float(values["learning_rate"]),
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "seconds": round(self.seconds(), 3),
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+def _callback(log: Log, place: dict[str, Any]) -> TrainerCallback:
+    from transformers import TrainerCallback
+
+    from tlora.tracking import live_logger
+
+    live = live_logger(place)
+
+    class Logging(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            row = log.row(state.global_step, logs or {})
+            if row is not None:
+                live.log(row)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            log.keep()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            live.close()
+
+    return Logging()
+
+
+def _remove_callback(trainer: Any, name: str) -> None:
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == name:
+            trainer.remove_callback(callback)
+
+
+def _adapted(
+    method: methods.Method,
+    options: Any,
+    model: PreTrainedModel,
+    spec: dict,
+    inputs: dict[str, Path],
+) -> Any:
+    """Return the model with its fresh adapter."""
+    if "initialize" in inputs:
+        from tlora.adapter import load_initial
+
+        card = read_json(inputs["initialize"])
+        return load_initial(model, inputs["initialize"].parent, card["frozen"])
+    context = methods.Context(
+        rank=spec["rank"],
+        lora_alpha=spec["lora_alpha"],
+        target_modules=spec["target_modules"],
+        seed=spec["seed"],
+    )
+    return method.adapt(model, options, context)
+
+
+def _save(model: Any, folder: Path, place: dict[str, Any]) -> None:
+    """Save the adapter or the model; a saved config never initialises anything on load."""
+    configs = getattr(model, "peft_config", {})
+    for config in configs.values():
+        config.init_lora_weights = True
+        config.base_model_name_or_path = source_name(place)
+        config.inference_mode = True
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)

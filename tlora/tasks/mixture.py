@@ -1,0 +1,292 @@
+"""The texts that the tiny base model and its tokenizer are made from: generated, by seed.
+
+They hold what the embedded tasks need (sums, products, kinds of things, opposites, position in a
+list), told in other forms than the tasks tell it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from tlora.tasks import arithmetic, choice
+
+
+def _words(text: str) -> list[str]:
+    """Split a list of words, or of phrases between bars."""
+    return text.split("|") if "|" in text else text.split()
+
+
+PEOPLE = [
+    *_words("John Mary James Anna Lucy Mark Jane Peter Rosa Adam Ella Kate Jack Emma Carl Amy"),
+    *arithmetic.NAMES,
+]
+GOODS = [
+    *_words(
+        "flowers marbles candies pencils cookies tickets bottles chairs boxes pages bags plates "
+        "oranges dollars hours minutes miles pounds pieces students friends children people"
+    ),
+    *arithmetic.THINGS,
+]
+PLACES = _words("garden school house store farm park kitchen market river road city room hill")
+TIMES = [
+    *_words(
+        "in the morning|in the evening|every day|every week|last year|next month|at noon|today|"
+        "yesterday|tomorrow|after school|before dinner|on the weekend|for the first time|now"
+    ),
+    *(f"on {day}" for day in arithmetic.DAYS),
+]
+VERBS = _words(
+    "buys sells makes finds needs takes brings keeps sees likes uses loses gives paints reads "
+    "writes eats drinks plants collects carries counts washes cooks wants spends saves earns"
+)
+WORK = _words("walks runs works plays sits sleeps sings swims waits stays lives talks travels")
+LINKS = _words("and then|so|but|because|while|when|after that|which is why|if|together")
+QUANTITIES = _words(
+    "half of the|twice as many|three times as many|a total of ten|the rest of the|some of the|"
+    "each of the|one more of the|the remaining|all of the|fewer|several|the same number of"
+)
+MOODS = _words("happy tired hungry late early ready sad busy free sure glad young old")
+ORDINALS = _words("first second third fourth")
+LETTERS = "abcd"
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+SHORT = "### Instruction:\n{instruction}\n\n### Response:"
+
+
+def documents(seed: int) -> Iterator[str]:
+    """Draw documents without end."""
+    rng = random.Random(seed)
+    kinds, weights = zip(*KINDS, strict=True)
+    while True:
+        yield rng.choices(kinds, weights)[0](rng)
+
+
+def _calculation(rng: random.Random) -> tuple[int, str, int, int]:
+    """Draw a sum, a difference or a product of numbers up to 99."""
+    sign = rng.choice("++--*")
+    if sign == "*":
+        a, b = rng.randint(2, 9), rng.randint(2, 9)
+        return a, sign, b, a * b
+    a = rng.randint(1, 98)
+    b = rng.randint(1, 99 - a)
+    return (a, sign, b, a + b) if sign == "+" else (a + b, sign, b, a)
+
+
+def _facts(rng: random.Random) -> str:
+    lines = []
+    for _ in range(rng.randint(4, 10)):
+        a, sign, b, c = _calculation(rng)
+        lines.append(f"{a} {sign} {b} = {c}")
+    return rng.choice(("\n", ", ", "; ")).join(lines)
+
+
+def _spoken(rng: random.Random) -> str:
+    words = {"+": "plus", "-": "minus", "*": "times"}
+    sentences = []
+    for _ in range(rng.randint(2, 5)):
+        a, sign, b, c = _calculation(rng)
+        sentences.append(f"{a} {words[sign]} {b} {rng.choice(('is', 'makes', 'equals'))} {c}.")
+    return " ".join(sentences)
+
+
+def _counting(rng: random.Random) -> str:
+    start, step = rng.randint(0, 60), rng.choice((1, 1, 1, 2, 3, 5, 10))
+    numbers = list(range(start, min(start + 8 * step, 100), step))
+    if rng.random() < 0.3:
+        numbers.reverse()
+    return "Counting: " + ", ".join(map(str, numbers)) + "."
+
+
+def _comparing(rng: random.Random) -> str:
+    sentences = []
+    for _ in range(rng.randint(1, 3)):
+        numbers = rng.sample(range(1, 100), rng.randint(2, 5))
+        listed = ", ".join(map(str, numbers))
+        most, least = max(numbers), min(numbers)
+        sentences.append(
+            rng.choice(
+                (
+                    f"Of {listed} the largest is {most} and the smallest is {least}.",
+                    f"Sorted: {', '.join(map(str, sorted(numbers)))}.",
+                    f"{most} is more than {least}. {least} is less than {most}.",
+                    f"The smallest of {listed} is {least}.",
+                    f"The largest of {listed} is {most}.",
+                )
+            )
+        )
+    return " ".join(sentences)
+
+
+def _kinds(rng: random.Random) -> str:
+    sentences = []
+    for _ in range(rng.randint(2, 5)):
+        category, other = rng.sample(sorted(choice.CATEGORIES), 2)
+        words = rng.sample(choice.members(category), 3)
+        stranger = rng.choice(choice.members(other))
+        sentences.append(
+            rng.choice(
+                (
+                    f"{choice.article(words[0])} is {choice.article(category)}.",
+                    f"The {words[0]}, the {words[1]} and the {words[2]} are {category}s.",
+                    f"{choice.article(stranger)} is not {choice.article(category)}, "
+                    f"but {choice.article(words[0])} is.",
+                    f"{category}: {', '.join(words)}.",
+                )
+            )
+        )
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+
+def _opposites(rng: random.Random) -> str:
+    sentences = []
+    for _ in range(rng.randint(1, 4)):
+        one, other = rng.sample(rng.choice(choice.OPPOSITES), 2)
+        sentences.append(
+            rng.choice(
+                (
+                    f"The opposite of {one} is {other}.",
+                    f"It is not {one}, it is {other}.",
+                    f"{one} and {other} are opposites.",
+                )
+            )
+        )
+    return " ".join(sentences)
+
+
+def _sentence(rng: random.Random) -> str:
+    name, other = rng.sample(PEOPLE, 2)
+    place, time, goods = rng.choice(PLACES), rng.choice(TIMES), rng.choice(GOODS)
+    number = rng.randint(2, 99)
+    return rng.choice(
+        (
+            f"{name} {rng.choice(VERBS)} {number} {goods} {time}",
+            f"{name} {rng.choice(VERBS)} {rng.choice(QUANTITIES)} {goods} at the {place}",
+            f"{name} {rng.choice(WORK)} with {other} in the {place} {time}",
+            f"{name} and {other} are {rng.choice(MOODS)} {time}",
+            f"there are {number} {goods} in the {place}",
+            f"{name} {rng.choice(VERBS)} the {goods} for {other}",
+            f"each of the {goods} costs ${number}",
+            f"{name} was {rng.choice(MOODS)} and had to go to the {place} {time}",
+            f"how many {goods} does {name} have {time}?",
+            f"he needs {number} more {goods} than {other}, who has {rng.choice(QUANTITIES)}",
+            f"she gets {number}% of the {goods} they have from her {place}",
+            f"then {number} {goods} are left for {other}",
+        )
+    )
+
+
+def _story(rng: random.Random) -> str:
+    sentences = []
+    for _ in range(rng.randint(2, 6)):
+        text = _sentence(rng)
+        if rng.random() < 0.4:
+            text = f"{text.rstrip('?')} {rng.choice(LINKS)} {_sentence(rng)}"
+        sentences.append(text[0].upper() + text[1:] + ("" if text.endswith("?") else "."))
+    return " ".join(sentences)
+
+
+def _step(rng: random.Random) -> tuple[str, str, int]:
+    """Draw a problem of one step: its text, its working and its result."""
+    name, other = rng.sample(PEOPLE, 2)
+    goods, place = rng.choice(GOODS), rng.choice(PLACES)
+    a, sign, b, c = _calculation(rng)
+    if sign == "+":
+        text = rng.choice(
+            (
+                f"There are {a} {goods} in the {place}. {name} brings {b} {goods}. "
+                f"How many {goods} are there?",
+                f"{name} has {a} {goods} and {other} has {b} {goods}. How many are there in all?",
+                f"{name} finds {a} {goods}, then {b} more. How many {goods} is that?",
+            )
+        )
+    elif sign == "-":
+        text = rng.choice(
+            (
+                f"{name} had {a} {goods} and gave {b} to {other}. How many {goods} remain?",
+                f"There were {a} {goods} in the {place}. {name} took {b}. How many stay there?",
+                f"{name} needs {a} {goods} and has {b}. How many more does {name} need?",
+            )
+        )
+    else:
+        text = rng.choice(
+            (
+                f"There are {a} bags with {b} {goods} in each bag. How many {goods} are there?",
+                f"{name} takes {b} {goods} a day for {a} days. How many {goods} is that?",
+            )
+        )
+    return text, f"{a} {sign} {b} = {c}", c
+
+
+def _solved(rng: random.Random) -> str:
+    text, working, result = _step(rng)
+    return rng.choice(
+        (
+            f"Problem: {text}\nSolution: {working}. So it is {result}.",
+            f"{text} {working}, so {result}.",
+            f"Q: {text}\nA: {result}",
+        )
+    )
+
+
+def _instructed(rng: random.Random) -> str:
+    text, working, result = _step(rng)
+    prompt = rng.choice((ALPACA, SHORT, SHORT)).replace("{instruction}", text)
+    return f"{prompt}{working}.\nThe answer is: {result}\n"
+
+
+def _position(rng: random.Random) -> str:
+    count = rng.randint(3, 5)
+    categories = rng.sample(sorted(choice.CATEGORIES), count)
+    words = [rng.choice(choice.members(category)) for category in categories]
+    at = rng.randrange(min(count, 4))
+    listed = ", ".join(words)
+    lettered = " ".join(f"{LETTERS[i]}) {word}" for i, word in enumerate(words[:4]))
+    numbered = " ".join(f"{i}: {word}" for i, word in enumerate(words[:4], start=1))
+    return rng.choice(
+        (
+            f"Words: {listed}. The {ORDINALS[at]} is {words[at]}. "
+            f"The {categories[at]} is {words[at]}.",
+            f"{lettered}. The {categories[at]} is {LETTERS[at]}) {words[at]}.",
+            f"{numbered}. Where is the {words[at]}? {at + 1}. What is {at + 1}? {words[at]}.",
+            f"{numbered}. Where is the {categories[at]}? {at + 1}.",
+        )
+    )
+
+
+def _chosen(rng: random.Random) -> str:
+    """Draw a question in the form of the choice task that asks for a word itself."""
+    categories = rng.sample(sorted(choice.CATEGORIES), choice.OPTIONS)
+    options = [rng.choice(choice.members(category)) for category in categories]
+    if rng.random() < 0.4:
+        options = [str(number) for number in rng.sample(range(1, 100), choice.OPTIONS)]
+    at = rng.randrange(choice.OPTIONS)
+    listed = " ".join(f"Answer{i}: {option}" for i, option in enumerate(options, start=1))
+    names = "/".join(f"answer{i}" for i in range(1, choice.OPTIONS + 1))
+    text = rng.choice(
+        (f"Which answer says {options[at]}?", f"Which one is the {ORDINALS[at]} of these?")
+    )
+    instruction = (
+        f"Please choose the correct answer to the question: {text}\n\n{listed}\n\n"
+        f"Answer format: {names}"
+    )
+    prompt = SHORT.replace("{instruction}", instruction)
+    return f"{prompt}the correct answer is answer{at + 1}\n"
+
+
+KINDS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
+    (_facts, 5),
+    (_spoken, 3),
+    (_counting, 1),
+    (_comparing, 2),
+    (_kinds, 3),
+    (_opposites, 1),
+    (_story, 2),
+    (_solved, 3),
+    (_instructed, 2),
+    (_position, 3),
+    (_chosen, 2),
+)
+"""The kinds of documents and how often each is drawn."""

@@ -1,0 +1,83 @@
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from tlora.code import stage_files
+from tlora.errors import UserError
+from tlora.plan import MAIN, RESULTS, Plan
+from tlora.spec import canonical, spec_id
+
+# Everything that can be known to be wrong is said here, in one line, before any job starts.
+try:
+    PLAN = Plan(workflow.configfiles, workflow.config_settings.config)
+except UserError as error:
+    sys.exit(f"tlora: error: {error}")
+
+COMPARISON = PLAN.comparison
+
+
+def relative(path):
+    """Return a path as seen from the working directory, where that is possible."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
+def pattern(stage, *names):
+    """Return an artefact's folder with wildcards; the id alone says what it is."""
+    return "/".join([str(RESULTS), stage, *(f"{{{name}}}" for name in names), "{id}"])
+
+
+def unit(stage, wildcards):
+    return PLAN.units[stage, wildcards.id]
+
+
+def code(stage):
+    """Input function: the package's files that the job depends on, read off its imports."""
+    return lambda wildcards: [relative(path) for path in unit(stage, wildcards).code()]
+
+
+def artefact(stage, name):
+    """Input function: the main file of an upstream artefact, nothing where there is none."""
+
+    def find(wildcards):
+        upstream = unit(stage, wildcards).inputs.get(name)
+        return [] if upstream is None else str(upstream.main)
+
+    return find
+
+
+def spec(stage):
+    """Params function: the canonical spec, the only thing whose change reruns the job."""
+    return lambda wildcards: canonical(unit(stage, wildcards).spec)
+
+
+def place(stage):
+    """Params function: where and how to compute. Snakemake leaves functions of `threads` out of
+    what it compares, so that nothing in here reruns a job."""
+
+    def find(wildcards, threads):
+        one = unit(stage, wildcards)
+        resumable = {"work": str(RESULTS / ".work" / stage / one.id)} if one.resumable else {}
+        return json.dumps({**one.place, **resumable}, sort_keys=True)
+
+    return find
+
+
+def inputs(wildcards, input):
+    """Params function: the upstream artefacts as NAME=PATH."""
+    return [f"{name}={path}" for name, path in input.items() if path and name != "code"]
+
+
+def folder(wildcards, output):
+    """Params function: the artefact's folder."""
+    return os.path.dirname(output[0])
+
+
+wildcard_constraints:
+    model="|".join(map(re.escape, PLAN.models)),
+    task="|".join([*map(re.escape, PLAN.tasks), "any"]),
+    method="[^/]+",
+    benchmark="|".join(map(re.escape, PLAN.benchmarks)),
+    statistic="[a-z_]+",
+    id="[0-9a-f]{12}",

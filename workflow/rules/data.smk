@@ -1,0 +1,24 @@
+PREPARE = pattern("prepare", "model", "task")
+
+
+rule prepare:
+    input:
+        code=code("prepare"),
+    output:
+        card=f"{PREPARE}/card.json",
+        train=f"{PREPARE}/train.parquet",
+        validation=f"{PREPARE}/validation.parquet",
+    log:
+        f"logs/{PREPARE}.log",
+    params:
+        spec=spec("prepare"),
+        place=place("prepare"),
+        inputs=inputs,
+        out=folder,
+    conda:
+        "../../envs/core.yaml"
+    message:
+        "prepare {wildcards.task} for {wildcards.model}"
+    shell:
+        "tlora prepare --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"

@@ -1,0 +1,54 @@
+GENERATE = pattern("generate", "model", "task", "method", "benchmark")
+
+
+rule generate:
+    input:
+        export=artefact("generate", "export"),
+        code=code("generate"),
+    output:
+        generations=f"{GENERATE}/generations.jsonl",
+        cost=f"{GENERATE}/generate.json",
+    log:
+        f"logs/{GENERATE}.log",
+    params:
+        spec=spec("generate"),
+        place=place("generate"),
+        inputs=inputs,
+        out=folder,
+    conda:
+        "../../envs/train.yaml"
+    message:
+        "generate {wildcards.benchmark} with {wildcards.method}"
+    shell:
+        "tlora generate --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+
+
+SCORE = pattern("score", "model", "task", "method", "benchmark")
+
+
+rule score:
+    input:
+        generate=artefact("score", "generate"),
+        code=code("score"),
+    output:
+        score=report(
+            f"{SCORE}/score.json",
+            category="{task}",
+            subcategory="{method}",
+            caption="../report/score.rst",
+        ),
+    log:
+        f"logs/{SCORE}.log",
+    params:
+        spec=spec("score"),
+        place=place("score"),
+        inputs=inputs,
+        out=folder,
+    conda:
+        "../../envs/core.yaml"
+    message:
+        "score {wildcards.benchmark} of {wildcards.method}"
+    shell:
+        "tlora score --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"

@@ -1,0 +1,81 @@
+CALIBRATE = pattern("calibrate", "model", "task", "statistic")
+
+
+rule calibrate:
+    input:
+        prepare=artefact("calibrate", "prepare"),
+        code=code("calibrate"),
+    output:
+        card=f"{CALIBRATE}/calibration.json",
+        tensors=f"{CALIBRATE}/calibration.safetensors",
+    log:
+        f"logs/{CALIBRATE}.log",
+    params:
+        spec=spec("calibrate"),
+        place=place("calibrate"),
+        inputs=inputs,
+        out=folder,
+    cache: True
+    conda:
+        "../../envs/train.yaml"
+    message:
+        "calibrate {wildcards.statistic} of {wildcards.model} on {wildcards.task}"
+    shell:
+        "tlora calibrate --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+
+
+ALLOCATE = pattern("allocate", "model", "task", "method")
+
+
+rule allocate:
+    input:
+        calibrate=artefact("allocate", "calibrate"),
+        code=code("allocate"),
+    output:
+        allocation=f"{ALLOCATE}/allocation.json",
+    log:
+        f"logs/{ALLOCATE}.log",
+    params:
+        spec=spec("allocate"),
+        place=place("allocate"),
+        inputs=inputs,
+        out=folder,
+    cache: True
+    conda:
+        "../../envs/core.yaml"
+    message:
+        "allocate ranks for {wildcards.method} on {wildcards.task}"
+    shell:
+        "tlora allocate --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+
+
+INITIALIZE = pattern("initialize", "model", "task", "method")
+
+
+rule initialize:
+    input:
+        allocate=artefact("initialize", "allocate"),
+        covariance=artefact("initialize", "covariance"),
+        prepare=artefact("initialize", "prepare"),
+        code=code("initialize"),
+    output:
+        card=f"{INITIALIZE}/adapter_init.json",
+        config=f"{INITIALIZE}/adapter_config.json",
+        weights=f"{INITIALIZE}/adapter_model.safetensors",
+    log:
+        f"logs/{INITIALIZE}.log",
+    params:
+        spec=spec("initialize"),
+        place=place("initialize"),
+        inputs=inputs,
+        out=folder,
+    cache: True
+    conda:
+        "../../envs/train.yaml"
+    message:
+        "initialize {wildcards.method} on {wildcards.task}"
+    shell:
+        "tlora initialize --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"

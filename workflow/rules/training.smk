@@ -1,0 +1,53 @@
+TRAIN = pattern("train", "model", "task", "method")
+
+
+rule train:
+    input:
+        prepare=artefact("train", "prepare"),
+        initialize=artefact("train", "initialize"),
+        code=code("train"),
+    output:
+        card=f"{TRAIN}/train.json",
+        history=f"{TRAIN}/log.jsonl",
+        weights=directory(f"{TRAIN}/weights"),
+    log:
+        f"logs/{TRAIN}.log",
+    params:
+        spec=spec("train"),
+        place=place("train"),
+        inputs=inputs,
+        out=folder,
+    conda:
+        "../../envs/train.yaml"
+    message:
+        "train {wildcards.model} with {wildcards.method} on {wildcards.task}"
+    shell:
+        "tlora train --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+
+
+EXPORT = pattern("export", "model", "task", "method")
+
+
+rule export:
+    input:
+        train=artefact("export", "train"),
+        initialize=artefact("export", "initialize"),
+        code=code("export"),
+    output:
+        card=f"{EXPORT}/export.json",
+        weights=directory(f"{EXPORT}/weights"),
+    log:
+        f"logs/{EXPORT}.log",
+    params:
+        spec=spec("export"),
+        place=place("export"),
+        inputs=inputs,
+        out=folder,
+    conda:
+        "../../envs/core.yaml"
+    message:
+        "export {wildcards.method} on {wildcards.task}"
+    shell:
+        "tlora export --spec {params.spec:q} --place {params.place:q} "
+        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
