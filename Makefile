@@ -53,7 +53,7 @@ lint: .venv/.dev-stamp ## check style, formatting, the workflow and the directio
 	@$(WITH_VENV) lint-imports
 
 format: .venv/.dev-stamp ## rewrite Python and Snakemake files in the project's style
-	@$(WITH_VENV) ruff check --fix .
+	@$(WITH_VENV) ruff check --fix --exit-zero --quiet .
 	@$(WITH_VENV) ruff format .
 	@$(WITH_VENV) snakefmt Snakefile workflow
 

@@ -6,6 +6,7 @@ expected. Nothing here is imported by a stage.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -208,14 +209,11 @@ def _expected(error: Mapping[str, Any], known: Iterable[str]) -> str:
     if kind == "missing":
         return "this key is required"
     if kind in ("float_type", "int_type") and isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
+            float(value)
             return (
-                f"expected a number; YAML reads {value!r} as text: write {float(value):.1e}".replace(
-                    "e-0", "e-"
-                )
+                "expected a number; YAML takes this for text: write it with point and sign (1.0e-4)"
             )
-        except ValueError:
-            pass
     names = {
         "float_type": "expected a number",
         "int_type": "expected a whole number",
@@ -281,10 +279,8 @@ def typed(document: Document, at: tuple[str, ...], kind: type, values: Mapping[s
     for field in dataclasses.fields(kind):
         place = (*at, field.name)
         if field.name not in values:
-            if dataclasses.MISSING is field.default and dataclasses.MISSING is field.default_factory:
-                raise UserError(
-                    f"{document.where(at)}: {'.'.join(place)}: this key is required"
-                )
+            if field.default is field.default_factory is dataclasses.MISSING:
+                raise UserError(f"{document.where(at)}: {'.'.join(place)}: this key is required")
             continue
         value = values[field.name]
         if typing.get_origin(hints[field.name]) is tuple and isinstance(value, list):
@@ -364,12 +360,12 @@ class Library:
         method = parse(document, Method)
         if method.extends is not None:
             at = document.where(("extends",))
-            parent, parent_document = self.method(method.extends, f"{at}: extends")
+            _, parent_document = self.method(method.extends, f"{at}: extends")
             if parent_document.values.get("extends"):
                 raise UserError(f"{at}: extends: {method.extends!r}: extends another one itself")
             merged = merge(parent_document.values, document.values)
             merged.pop("extends")
-            lines = {**{key: 1 for key in parent_document.lines}, **document.lines}
+            lines = {**dict.fromkeys(parent_document.lines, 1), **document.lines}
             document = Document(document.path, merged, lines)
             method = parse(document, Method)
         if method.implementation is None:

@@ -1,4 +1,4 @@
-"""From a preset to units of work: cells, their effective settings, specs, ids and paths."""
+"""From a preset to units of work: specs, ids, paths and what depends on what."""
 
 from __future__ import annotations
 
@@ -10,25 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tlora import methods, spec
-from tlora.artefact import sha256_file
 from tlora.code import stage_files
-from tlora.config import (
-    Benchmark,
-    Document,
-    Hyperparameters,
-    Library,
-    Model,
-    Preset,
-    Task,
-    library_of,
-    module_of,
-    nearest,
-    parse,
-    read_preset,
-    typed,
-)
-from tlora.errors import UserError
-from tlora.weights import check_targets, fingerprint
+from tlora.config import module_of
+from tlora.selection import Row, Selection, Setting
+from tlora.weights import check_targets
 
 RESULTS = Path("results")
 
@@ -71,36 +56,18 @@ class Unit:
         return self.folder / MAIN[self.stage]
 
     @property
-    def resumable(self) -> bool:
-        """Whether an interrupted job goes on where it stopped."""
-        return self.stage in ("train", "generate")
+    def placement(self) -> dict[str, Any]:
+        """Where and how the job computes: `place`, and what only its id can name."""
+        place = dict(self.place)
+        if self.stage in ("train", "generate"):
+            place["work"] = str(RESULTS / ".work" / self.stage / self.id)
+        if "cell" in place:
+            place["cell"] = {**place["cell"], "spec_id": self.id}
+        return place
 
     def code(self) -> list[Path]:
         """Return the package's source files that the job depends on."""
         return stage_files(self.stage, self.spec)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table: a method, or one of the values that `vary` gives it."""
-
-    method: str
-    label: str
-    varied: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The method's name with the varied values."""
-        values = ",".join(f"{key}={value}" for key, value in self.varied.items())
-        return f"{self.method}({values})" if values else self.method
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """An effective value and the file and line it comes from."""
-
-    value: Any
-    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,184 +92,17 @@ class Cell:
 BASE = Row("base", "Base model (untrained)", {})
 
 
-class Plan:
+class Plan(Selection):
     """Every cell of a preset and every unit of work they need.
 
-    Parameters
-    ----------
-    files
-        The preset's YAML, or several laid over each other.
-    command_line
-        `--config key=value` pairs, which replace the preset's keys.
-
-    Raises
-    ------
-    UserError
-        Anything wrong that can be known before a job starts.
+    Takes what `Selection` takes and refuses what it refuses; besides, targets and ranks that do not
+    fit a local model.
     """
 
     def __init__(self, files: list[Path], command_line: Mapping[str, Any] | None = None) -> None:
-        self.preset, self.document = read_preset(files, command_line or {})
-        self.command_line = dict(command_line or {})
-        self.name = self.document.path.stem
-        self.library: Library = library_of(self.document.path)
+        super().__init__(files, command_line)
         self.units: dict[tuple[str, str], Unit] = {}
-        self._check_lists()
-        self.models = {
-            name: self._model(name, index) for index, name in enumerate(self.preset.models)
-        }
-        self.tasks = {
-            name: self.library.task(name, self._asked("tasks", index))
-            for index, name in enumerate(self.preset.tasks)
-        }
-        self.methods = {
-            name: self.library.method(name, self._asked("methods", index))
-            for index, name in enumerate(self.preset.methods)
-        }
-        self.benchmarks = {
-            name: self.library.benchmark(name, f"{document.where(('benchmarks',))}: benchmarks")
-            for task, document in self.tasks.values()
-            for name in task.benchmarks
-        }
-        self._check_overrides()
-        self.rows = list(self._rows())
         self.cells = list(self._cells())
-
-    # -- what the preset asks for ---------------------------------------------------------------
-
-    def _asked(self, key: str, index: int) -> str:
-        return f"{self.document.where((key, index))}: {key}"
-
-    def _check_lists(self) -> None:
-        for key in ("models", "tasks", "methods", "seeds"):
-            values = getattr(self.preset, key)
-            for index, value in enumerate(values):
-                if value in values[:index]:
-                    raise UserError(f"{self._asked(key, index)}: {value!r}: stands twice")
-        root = self.preset.data_root
-        if root is not None and not Path(root).is_dir():
-            where = self.document.where(("data_root",))
-            raise UserError(f"{where}: data_root: {root!r}: expected a folder that exists")
-
-    def _check_overrides(self) -> None:
-        known = {
-            "models": self.preset.models,
-            "tasks": self.preset.tasks,
-            "methods": self.preset.methods,
-            "benchmarks": list(self.benchmarks),
-        }
-        selections = [
-            (("overrides", index), override.model_dump(exclude={"set"}))
-            for index, override in enumerate(self.preset.overrides)
-        ] + [(("vary", index), entry) for index, entry in enumerate(self.preset.vary)]
-        for at, selection in selections:
-            for key in known:
-                for name in selection.get(key) or []:
-                    if name not in known[key]:
-                        where = self.document.where((*at, key))
-                        raise UserError(
-                            f"{where}: {key}: {name!r}: not in this preset; "
-                            f"{nearest(name, known[key])}"
-                        )
-
-    def _model(self, name: str, index: int) -> tuple[Model, Document, dict]:
-        model, document = self.library.model(name, self._asked("models", index))
-        identity = fingerprint(model.path, model.revision, document.where(("path",)))
-        return model, document, {**identity, "dtype": model.dtype, "architecture": model.architecture}
-
-    def _rows(self) -> Iterator[Row]:
-        for name in self.preset.methods:
-            label = self.methods[name][0].label or name
-            entries = [
-                (index, entry)
-                for index, entry in enumerate(self.preset.vary)
-                if name in entry.get("methods", self.preset.methods)
-            ]
-            if not entries:
-                yield Row(name, label, {})
-            for index, entry in entries:
-                for key, values in entry.items():
-                    if key == "methods":
-                        continue
-                    if not isinstance(values, list):
-                        where = self.document.where(("vary", index, key))
-                        raise UserError(f"{where}: vary.{key}: {values!r}: expected a list")
-                    for value in values:
-                        yield Row(name, f"{label} ({key} = {value})", {key: value})
-
-    # -- effective settings ---------------------------------------------------------------------
-
-    def settings(self, model: str, task: str, row: Row) -> dict[str, Setting]:
-        """Return every effective value of a cell with the file and line it comes from.
-
-        Precedence: task < method (with `hyperparameters: own`) < overrides < vary < set.
-        """
-        shared, document = self.tasks[task]
-        method, method_document = self.methods[row.method]
-        found: dict[str, Setting] = {}
-        for key in Hyperparameters.model_fields:
-            source = document.where((key,)) if key in document.values else "default"
-            found[key] = Setting(getattr(shared, key), source)
-        implementation = self._implementation(row.method)
-        options = typed(method_document, ("options",), implementation.module.Options, method.options)
-        for field in dataclasses.fields(options):
-            at = ("options", field.name)
-            source = method_document.where(at) if field.name in method.options else "default"
-            found[f"options.{field.name}"] = Setting(getattr(options, field.name), source)
-
-        layers: list[tuple[Mapping[str, Any], Document, tuple]] = []
-        if self.preset.hyperparameters == "own":
-            layers.append((method.training, method_document, ("training",)))
-        for index, override in enumerate(self.preset.overrides):
-            selected = (
-                override.benchmarks is None
-                and model in (override.models or [model])
-                and task in (override.tasks or [task])
-                and row.method in (override.methods or [row.method])
-            )
-            if selected:
-                layers.append((override.set, self.document, ("overrides", index, "set")))
-        layers.append((row.varied, self.document, ("vary",)))
-        layers.append((self.preset.set, self.document, ("set",)))
-        for values, origin, at in layers:
-            for key, value in values.items():
-                name = ".".join(map(str, (*at, key)))
-                if key.startswith("data."):
-                    continue
-                if key not in found:
-                    raise UserError(
-                        f"{origin.where((*at, key))}: {name}: {value!r}: unknown key; "
-                        f"{nearest(key, found)}"
-                    )
-                source = "command line" if "set" in self.command_line and at == ("set",) else None
-                found[key] = Setting(value, source or origin.where((*at, key)))
-        self._check_settings(found, document)
-        return found
-
-    def _check_settings(self, found: dict[str, Setting], document: Document) -> None:
-        """Check the values that layers brought in by the schema of their keys."""
-        for key, setting in found.items():
-            if key in Hyperparameters.model_fields:
-                values = {name: found[name].value for name in Hyperparameters.model_fields}
-                where = Document(Path(setting.source.rsplit(":", 1)[0]), values, {})
-                parse(where, Hyperparameters)
-
-    def _implementation(self, method: str) -> methods.Method:
-        config, document = self.methods[method]
-        module_of(document, "implementation", "methods", config.implementation)
-        return methods.load(config.implementation)
-
-    def _options(self, row: Row, settings: dict[str, Setting]) -> Any:
-        _, document = self.methods[row.method]
-        values = {
-            key.removeprefix("options."): setting.value
-            for key, setting in settings.items()
-            if key.startswith("options.")
-        }
-        module = self._implementation(row.method).module
-        return typed(document, ("options",), module.Options, values)
-
-    # -- units ------------------------------------------------------------------------------------
 
     def _unit(
         self,
@@ -317,34 +117,6 @@ class Plan:
         plain = json.loads(spec.canonical(fields.as_dict()))
         unit = Unit(stage, plain, names, present, place)
         return self.units.setdefault((stage, unit.id), unit)
-
-    def _data(
-        self, kind: str, name: str, config: Task | Benchmark, document: Document, splits: list[str]
-    ) -> tuple[dict, dict]:
-        """Return a source's resolved options and the checksums of the local files it reads."""
-        module = module_of(document, "source", "tasks", config.source)
-        values = dict(config.data)
-        layers = [
-            override.set
-            for override in self.preset.overrides
-            if name in (getattr(override, kind) or ([name] if kind == "tasks" else []))
-            and (kind == "benchmarks" or override.benchmarks is None)
-        ]
-        for layer in (*layers, self.preset.set if kind == "tasks" else {}):
-            for key, value in layer.items():
-                if key.startswith("data."):
-                    values[key.removeprefix("data.")] = value
-        data = typed(document, ("data",), module.Data, values)
-        files: dict[str, str] = {}
-        root = None if self.preset.data_root is None else Path(self.preset.data_root)
-        for split in splits:
-            for label, path in module.sources(data, split, root).items():
-                if not Path(path).is_file():
-                    raise UserError(
-                        f"{document.where(('data',))}: data: {str(path)!r}: no such file"
-                    )
-                files[label] = _checksum(str(path), Path(path).stat().st_mtime_ns)
-        return dataclasses.asdict(data), files
 
     def _cells(self) -> Iterator[Cell]:
         for model in self.preset.models:
@@ -371,9 +143,7 @@ class Plan:
         data, files = self._data("tasks", task, shared, document, ["train", "validation", "test"])
         prepare = self._unit(
             "prepare",
-            spec.Prepare(
-                identity, shared.source, data, files, shared.prompt, value["max_length"]
-            ),
+            spec.Prepare(identity, shared.source, data, files, shared.prompt, value["max_length"]),
             (model, task),
             {},
             {**place, "data_root": self.preset.data_root},
@@ -415,13 +185,16 @@ class Plan:
             ),
             (model, task, row.method),
             {"prepare": prepare, "initialize": initialize},
-            {**place, "micro_batch": config.micro_batch},
+            {
+                **place,
+                "micro_batch": config.micro_batch,
+                "cell": {"model": model, "task": task, "method": row.name, "seed": seed}
+                | {"settings": value},
+            },
         )
         export = self._unit(
             "export",
-            spec.Export(
-                train.id, self.methods[row.method][0].implementation, plain_options
-            ),
+            spec.Export(train.id, self.methods[row.method][0].implementation, plain_options),
             (model, task, row.method),
             {"train": train, "initialize": initialize},
             {},
@@ -532,36 +305,6 @@ class Plan:
             )
         return generates, scores
 
-    def _benchmark(self, name: str) -> tuple[Benchmark, Document]:
-        """Return a benchmark with this preset's overrides."""
-        benchmark, document = self.benchmarks[name]
-        values: dict[str, Any] = {}
-        for index, override in enumerate(self.preset.overrides):
-            if name not in (override.benchmarks or []):
-                continue
-            for key, value in override.set.items():
-                if key in ("max_new_tokens", "limit", "stop"):
-                    values[key] = value
-                elif not key.startswith("data."):
-                    where = self.document.where(("overrides", index, "set", key))
-                    raise UserError(
-                        f"{where}: overrides.{index}.set.{key}: {value!r}: unknown key; "
-                        f"{nearest(key, ['max_new_tokens', 'limit', 'stop', 'data.*'])}"
-                    )
-        return parse(document, Benchmark, values) if values else benchmark, document
-
-    def _check_batch(self, model: Model, document: Document, batch: int) -> None:
-        micro = model.micro_batch
-        if micro is not None and batch % min(micro, batch):
-            valid = [size for size in range(1, batch + 1) if batch % size == 0]
-            near = sorted(sorted(valid, key=lambda size: abs(size - micro))[:2])
-            raise UserError(
-                f"{document.where(('micro_batch',))}: micro_batch: {micro}: expected a divisor of "
-                f"the batch size {batch}; nearest: {', '.join(map(str, near))}"
-            )
-
-    # -- what the workflow asks -------------------------------------------------------------------
-
     @property
     def comparison(self) -> Path:
         """Where the preset's tables lie."""
@@ -572,24 +315,19 @@ class Plan:
         return {
             "preset": self.name,
             "cells": [self._grid_cell(cell) for cell in self.cells],
-            "tasks": {name: {"benchmarks": task.benchmarks} for name, (task, _) in self.tasks.items()},
+            "tasks": {
+                name: {"benchmarks": task.benchmarks} for name, (task, _) in self.tasks.items()
+            },
         }
 
-    def labelled_grid(self) -> dict[str, Any]:
-        """Return the grid with the labels of everything in it."""
-        grid = self.grid()
-        rows = {"base": BASE.label, **{row.name: row.label for row in self.rows}}
-        for cell in grid["cells"]:
-            cell["label"] = rows[cell["method"]]
-        for name, (task, _) in self.tasks.items():
-            grid["tasks"][name]["label"] = task.label or name
-        grid["models"] = {
-            name: {"label": entry[0].label or name} for name, entry in self.models.items()
+    def labels(self) -> dict[str, dict[str, str]]:
+        """Return the labels of everything in the grid, for people only."""
+        return {
+            "models": {name: entry[0].label or name for name, entry in self.models.items()},
+            "tasks": {name: task.label or name for name, (task, _) in self.tasks.items()},
+            "methods": {"base": BASE.label, **{row.name: row.label for row in self.rows}},
+            "benchmarks": {name: one.label or name for name, (one, _) in self.benchmarks.items()},
         }
-        grid["benchmarks"] = {
-            name: {"label": one.label or name} for name, (one, _) in self.benchmarks.items()
-        }
-        return grid
 
     def _grid_cell(self, cell: Cell) -> dict[str, Any]:
         units = cell.units
@@ -616,10 +354,3 @@ class Plan:
     def of(self, stage: str) -> list[Unit]:
         """Return all units of a stage."""
         return [unit for (name, _), unit in self.units.items() if name == stage]
-
-
-@functools.lru_cache(maxsize=4096)
-def _checksum(path: str, _changed: int) -> str:
-    return sha256_file(Path(path))
-
-

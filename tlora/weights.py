@@ -151,9 +151,7 @@ def check_targets(
     else:
         targets = {}
         for target in target_modules:
-            matches = {
-                n: s for n, s in weights.items() if n == target or n.endswith(f".{target}")
-            }
+            matches = {n: s for n, s in weights.items() if n == target or n.endswith(f".{target}")}
             if not matches:
                 known = sorted({name.rpartition(".")[2] for name in weights})
                 raise UserError(

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -21,19 +22,14 @@ from packaging.utils import canonicalize_name
 LOCKS = ("core", "dev", "train", "code", "vllm")
 ON_TOP = {"dev": "core", "train": "core", "code": "core"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "mlflow", "snakemake")
-STAGES = [
-    "prepare",
-    "calibrate",
-    "allocate",
-    "initialize",
-    "train",
-    "export",
+STAGES = {"prepare", "calibrate", "allocate", "initialize", "train", "export"} | {
     "generate",
     "score",
     "compare",
     "track",
-]
+}
 PURE = ("config", "spec", "allocation", "code", "artefact", "errors", "progress", "cli")
+INTERPRETER = shlex.quote(sys.executable)
 PURE_FOLDERS = ("methods", "tasks", "benchmarks", "comparison", "stages")
 
 
@@ -93,7 +89,8 @@ def test_lock_is_closed(root: Path, lock: str, python: str) -> None:
 
 
 def test_installed_versions_are_the_locked_ones(root: Path) -> None:
-    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.dev-stamp").exists():
+    ours = Path(sys.prefix).resolve() == (root / ".venv").resolve()
+    if not ours or not (root / ".venv/.dev-stamp").exists():
         pytest.skip("not the environment that make installs")
     different = {
         name: (importlib.metadata.version(name), version)
@@ -154,7 +151,7 @@ def test_links_and_profiles(root: Path) -> None:
     slurm = yaml.safe_load((root / "slurm/config.yaml").read_text())
     assert not default.keys() & slurm.keys(), "profiles/default would replace these keys"
     assert {"executor", "jobs", "slurm-status-command"} <= slurm.keys()
-    assert set(STAGES) <= slurm["set-resources"].keys()
+    assert slurm["set-resources"].keys() >= STAGES
     for resources in slurm["set-resources"].values():
         assert "gpus" not in resources
 
@@ -209,14 +206,14 @@ def test_make_names_a_missing_interpreter(bare: Path) -> None:
 
 def test_make_names_an_old_interpreter(bare: Path) -> None:
     patch = "import sys; code = sys.argv[1]; sys.version_info = (3, 9, 2); exec(code)"
-    old = shim(bare.parent, f"exec {sys.executable} -c '{patch}' \"$2\"")
+    old = shim(bare.parent, f"exec {INTERPRETER} -c '{patch}' \"$2\"")
     done = make(bare, "demo", f"PYTHON={old}")
     assert done.returncode != 0
     assert "is Python 3.9; 3.11 or newer is needed" in done.stderr
 
 
 def test_make_names_a_missing_venv_package(bare: Path) -> None:
-    answer = f'case "$2" in *ensurepip*) exit 1;; *) exec {sys.executable} "$@";; esac'
+    answer = f'case "$2" in *ensurepip*) exit 1;; *) exec {INTERPRETER} "$@";; esac'
     done = make(bare, "demo", f"PYTHON={shim(bare.parent, answer)}")
     assert done.returncode != 0
     assert "python3-venv is missing" in done.stderr

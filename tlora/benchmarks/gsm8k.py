@@ -5,6 +5,7 @@ Also fits any benchmark whose answers are numbers after a marker (the embedded a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -112,8 +113,11 @@ def reference_number(reference: object, identifier: str) -> Fraction:
     UserError
         Naming the item.
     """
-    if isinstance(reference, int | float | str) and not isinstance(reference, bool):
-        number = _first_number(str(reference).rpartition("####")[2])
+    if isinstance(reference, int | float) and not isinstance(reference, bool):
+        if math.isfinite(reference):
+            return Fraction(repr(reference))
+    elif isinstance(reference, str):
+        number = _first_number(reference.rpartition("####")[2])
         if number is not None:
             return number
     shown = repr(reference)

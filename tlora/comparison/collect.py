@@ -206,8 +206,11 @@ class Comparison:
         return [row for section in self.sections for row in section.rows]
 
 
-def load(grid_path: Path) -> Comparison:
+def load(grid_path: Path, labels: dict[str, dict[str, str]] | None = None) -> Comparison:
     """Read grid.json and every artefact it names.
+
+    `labels` ({"models", "tasks", "methods", "benchmarks"}: label by name) are no part of the grid,
+    because they change nothing that is computed; where one is missing the name stands.
 
     Sections come task by task in the order in which tasks and then models first appear among the
     cells; rows in the order of the cells, the base model's first.
@@ -219,10 +222,12 @@ def load(grid_path: Path) -> Comparison:
         artefact is no error: the run is then shown as failed.
     """
     grid = read_json(grid_path)
+    labels = labels or {}
     runs: dict[tuple[str, str], dict[tuple[str, str, str], list[Run]]] = {}
     cards: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in grid["cells"]:
         expected = grid["tasks"].get(cell["task"], {}).get("benchmarks") or list(cell["scores"])
+        cell = {"label": labels.get("methods", {}).get(cell["method"]), **cell}
         run = load_run(cell, expected)
         place = (run.task, run.model)
         rows = runs.setdefault(place, {})
@@ -241,16 +246,16 @@ def load(grid_path: Path) -> Comparison:
                 Section(
                     model=model,
                     task=task,
-                    model_label=_label(grid["models"], model),
-                    task_label=_label(grid["tasks"], task),
+                    model_label=labels.get("models", {}).get(model, model),
+                    task_label=labels.get("tasks", {}).get(task, task),
                     benchmarks=tuple(described.get("benchmarks") or seen),
                     rows=tuple(sorted(rows, key=lambda row: not row.base)),
                     card=cards.get((task, model), {}),
                 )
             )
     names = [benchmark for section in sections for benchmark in section.benchmarks]
-    labels = {name: _label(grid.get("benchmarks", {}), name) for name in names}
-    return Comparison(preset=grid["preset"], sections=tuple(sections), labels=labels)
+    shown = {name: labels.get("benchmarks", {}).get(name, name) for name in names}
+    return Comparison(preset=grid["preset"], sections=tuple(sections), labels=shown)
 
 
 def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
@@ -370,10 +375,6 @@ def _row(runs: list[Run], grid_path: Path) -> Row:
             "expected one run a seed; rows with different settings need different labels"
         )
     return Row(first.model, first.task, first.method, first.label, first.base, tuple(runs))
-
-
-def _label(described: dict[str, Any], name: str) -> str:
-    return described.get(name, {}).get("label") or name
 
 
 def _optional(path: Path) -> dict[str, Any] | None:

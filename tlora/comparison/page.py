@@ -156,7 +156,7 @@ def _settings(section: Section) -> list[str]:
         return []
     keys = sorted({key for _, settings in rows for key in settings})
     values = {
-        key: [_value(settings.get(key)) if key in settings else "–" for _, settings in rows]  # noqa: RUF001
+        key: [_value(settings.get(key)) if key in settings else "–" for _, settings in rows]
         for key in keys
     }
     shared = [key for key in keys if len(set(values[key])) == 1]

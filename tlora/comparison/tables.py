@@ -32,7 +32,7 @@ WIDTH = 120
 TEX_WIDTH = 84
 """Letters of a LaTeX table's line: what fits the default text width in footnote size."""
 
-DASH = "–"  # noqa: RUF001 - the typographic sign for "no value"
+DASH = "–"
 
 Record = dict[str, Any]
 

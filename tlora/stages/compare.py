@@ -24,14 +24,14 @@ def compare(
     out
         Gets plots/{task}/*.png, ledger.csv, table.md, table.tex, table.html and, last, table.csv.
     place
-        Not used.
+        `labels`: what people call models, tasks, methods and benchmarks.
 
     Raises
     ------
     UserError
         For a broken artefact. A missing one, or a cell marked as failed, is shown as failed.
     """
-    comparison = collect.load(Path(inputs["grid"]))
+    comparison = collect.load(Path(inputs["grid"]), place.get("labels"))
     found = tables.records(comparison)
     with staged(out / "plots") as folder:
         folder.mkdir(parents=True)

@@ -8,11 +8,12 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.artefact import sha256_tree, staged, write_json, write_text
+from tlora.errors import UserError
 from tlora.progress import bar
 from tlora.tasks import mixture
 
@@ -31,9 +32,9 @@ RECIPE: dict[str, Any] = {
     "layers": 4,
     "heads": 4,
     "positions": 2048,
-    "context": 512,
+    "context": 256,
     "batch": 8,
-    "steps": 1500,
+    "steps": 3000,
     "learning_rate": 3.0e-3,
     "warmup": 0.05,
     "weight_decay": 0.1,
@@ -76,7 +77,7 @@ def tiny_base(
 
     unknown = sorted(set(spec) - set(RECIPE))
     if unknown:
-        raise ValueError(f"tiny_base: {unknown[0]}: expected one of {', '.join(RECIPE)}")
+        raise UserError(f"tiny_base: {unknown[0]}: expected one of {', '.join(RECIPE)}")
     recipe = RECIPE | spec
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -92,6 +93,8 @@ def tiny_base(
         folder.mkdir()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors writes for its owner alone
         parameters = sum(parameter.numel() for parameter in model.parameters())
         files = sha256_tree(folder)
         write_json(
@@ -120,7 +123,7 @@ def tiny_base(
 
 
 def train_tokenizer(recipe: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that splits numbers into digits and knows every text.
+    """Train a byte-level BPE tokenizer, which knows every text.
 
     Parameters
     ----------
@@ -131,12 +134,7 @@ def train_tokenizer(recipe: dict[str, Any]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe["vocabulary"],
@@ -179,7 +177,7 @@ def _train_model(
             num_attention_heads=recipe["heads"],
             num_key_value_heads=recipe["heads"],
             max_position_embeddings=recipe["positions"],
-            tie_word_embeddings=False,
+            tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -216,8 +214,16 @@ def _train_model(
     return model.eval(), {
         "loss": round(sum(tail) / len(tail), 4),
         "tokens": recipe["steps"] * recipe["batch"] * recipe["context"],
-        "data_sha256": digest.hexdigest(),
+        "documents_sha256": digest.hexdigest(),
+        "first_documents_sha256": text_digest(
+            itertools.islice(mixture.documents(recipe["seed"] + 1), 256)
+        ),
     }
+
+
+def text_digest(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

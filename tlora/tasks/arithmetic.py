@@ -87,8 +87,7 @@ def _calculation(left: int, sign: str, right: int, result: int) -> str:
 def _buy_and_give(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
     name, other = _two(rng)
     thing = rng.choice(THINGS)
-    a, b = rng.randint(5, 40), rng.randint(3, 30)
-    c = rng.randint(2, a + b - 1)
+    a, b, c = rng.randint(5, 40), rng.randint(2, 9), rng.randint(2, 9)
     question = (
         f"{name} has {a} {thing}. {name} buys {b} more and gives {c} to {other}. "
         f"How many {thing} does {name} have now?"
@@ -100,26 +99,26 @@ def _buy_and_give(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
     return ("buy", a, b, c), _row(question, steps, a + b - c)
 
 
-def _together(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
-    name, other = _two(rng)
+def _compare(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
+    name, other, third = rng.sample(NAMES, 3)
     thing = rng.choice(THINGS)
-    a, b = rng.randint(3, 35), rng.randint(2, 25)
+    a, b, c = rng.randint(10, 40), rng.randint(2, 9), rng.randint(2, 9)
     question = (
-        f"{name} has {a} {thing}. {other} has {b} {thing} more than {name}. "
-        f"How many {thing} do they have together?"
+        f"{name} has {a} {thing}. {other} has {b} more than {name}. {third} has {c} more than "
+        f"{other}. How many {thing} does {third} have?"
     )
     steps = [
         f"{other} has {_calculation(a, '+', b, a + b)} {thing}.",
-        f"Together they have {_calculation(a, '+', a + b, a + a + b)}.",
+        f"{third} has {_calculation(a + b, '+', c, a + b + c)} {thing}.",
     ]
-    return ("together", a, b), _row(question, steps, a + a + b)
+    return ("compare", a, b, c), _row(question, steps, a + b + c)
 
 
 def _boxes(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
     name = rng.choice(NAMES)
     thing = rng.choice(THINGS)
     a, b = rng.randint(2, 9), rng.randint(2, 9)
-    c = rng.randint(1, a * b - 1)
+    c = rng.randint(1, min(9, a * b - 1))
     question = (
         f"{name} has {a} boxes with {b} {thing} in each box. {name} loses {c} {thing}. "
         f"How many {thing} are left?"
@@ -134,36 +133,35 @@ def _boxes(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
 def _pages(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
     name = rng.choice(NAMES)
     first, second = rng.sample(DAYS, 2)
-    a, b = rng.randint(3, 40), rng.randint(3, 30)
-    c = rng.randint(a + b + 1, 99)
+    a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(20, 50)
     question = (
         f"A book has {c} pages. {name} reads {a} pages on {first} and {b} pages on {second}. "
         f"How many pages are left?"
     )
     steps = [
-        f"{name} reads {_calculation(a, '+', b, a + b)} pages.",
-        f"Then {_calculation(c, '-', a + b, c - a - b)} are left.",
+        f"After {first} {_calculation(c, '-', a, c - a)} are left.",
+        f"Then {_calculation(c - a, '-', b, c - a - b)} are left.",
     ]
     return ("pages", a, b, c), _row(question, steps, c - a - b)
 
 
 def _wages(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
     name = rng.choice(NAMES)
-    a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 18)
+    a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
     question = (
         f"{name} earns {a} dollars an hour and works {b} hours. Then {name} finds {c} dollars. "
         f"How many dollars does {name} have?"
     )
     steps = [
         f"{name} earns {_calculation(a, '*', b, a * b)} dollars.",
-        f"Then {name} has {_calculation(a * b, '+', c, a * b + c)}.",
+        f"Then {name} has {_calculation(a * b, '+', c, a * b + c)} dollars.",
     ]
     return ("wages", a, b, c), _row(question, steps, a * b + c)
 
 
 KINDS: tuple[Callable[[random.Random], tuple[Hashable, dict[str, str]]], ...] = (
     _buy_and_give,
-    _together,
+    _compare,
     _boxes,
     _pages,
     _wages,

@@ -123,7 +123,7 @@ def _stranger(rng: random.Random) -> Drawn:
 
 
 def _extreme(rng: random.Random) -> Drawn:
-    numbers = sorted(rng.sample(range(1, 100), OPTIONS))
+    numbers = sorted(rng.sample(range(1, 60), OPTIONS))
     word, at = rng.choice((("largest", -1), ("smallest", 0)))
     correct = numbers.pop(at)
     return f"Which number is the {word}?", str(correct), [str(number) for number in numbers]
@@ -136,8 +136,8 @@ def _opposite(rng: random.Random) -> Drawn:
 
 
 def _sum(rng: random.Random) -> Drawn:
-    a, b = rng.randint(2, 40), rng.randint(2, 40)
-    near = [n for n in range(max(1, a + b - 12), a + b + 13) if n != a + b]
+    a, b = rng.randint(2, 40), rng.randint(2, 9)
+    near = [n for n in range(max(1, a + b - 9), a + b + 10) if n != a + b]
     return f"What is {a} + {b}?", str(a + b), [str(n) for n in rng.sample(near, OPTIONS - 1)]
 
 

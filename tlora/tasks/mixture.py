@@ -47,8 +47,7 @@ QUANTITIES = _words(
     "each of the|one more of the|the remaining|all of the|fewer|several|the same number of"
 )
 MOODS = _words("happy tired hungry late early ready sad busy free sure glad young old")
-ORDINALS = _words("first second third fourth")
-LETTERS = "abcd"
+LETTERS = "abcde"
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
@@ -65,59 +64,55 @@ def documents(seed: int) -> Iterator[str]:
 
 
 def _calculation(rng: random.Random) -> tuple[int, str, int, int]:
-    """Draw a sum, a difference or a product of numbers up to 99."""
+    """Draw a sum or difference with a number of one digit, or a product of two of them."""
     sign = rng.choice("++--*")
     if sign == "*":
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         return a, sign, b, a * b
-    a = rng.randint(1, 98)
-    b = rng.randint(1, 99 - a)
+    a, b = rng.randint(1, 60), rng.randint(1, 9)
     return (a, sign, b, a + b) if sign == "+" else (a + b, sign, b, a)
 
 
 def _facts(rng: random.Random) -> str:
-    lines = []
-    for _ in range(rng.randint(4, 10)):
+    facts = []
+    for _ in range(rng.randint(4, 12)):
         a, sign, b, c = _calculation(rng)
-        lines.append(f"{a} {sign} {b} = {c}")
-    return rng.choice(("\n", ", ", "; ")).join(lines)
+        facts.append(f" {a} {sign} {b} = {c}")
+    return "Facts:" + rng.choice(("\n", ",", ".")).join(facts)
 
 
 def _spoken(rng: random.Random) -> str:
     words = {"+": "plus", "-": "minus", "*": "times"}
-    sentences = []
-    for _ in range(rng.randint(2, 5)):
+    facts = []
+    for _ in range(rng.randint(2, 6)):
         a, sign, b, c = _calculation(rng)
-        sentences.append(f"{a} {words[sign]} {b} {rng.choice(('is', 'makes', 'equals'))} {c}.")
-    return " ".join(sentences)
+        facts.append(f" {a} {words[sign]} {b} {rng.choice(('is', 'makes'))} {c}")
+    return "Aloud:" + ",".join(facts) + "."
 
 
 def _counting(rng: random.Random) -> str:
-    start, step = rng.randint(0, 60), rng.choice((1, 1, 1, 2, 3, 5, 10))
-    numbers = list(range(start, min(start + 8 * step, 100), step))
-    if rng.random() < 0.3:
+    start, step = rng.randint(0, 60), rng.choice((1, 1, 1, 2, 3, 5))
+    numbers = list(range(start, min(start + 10 * step, 100), step))
+    if rng.random() < 0.4:
         numbers.reverse()
     return "Counting: " + ", ".join(map(str, numbers)) + "."
 
 
 def _comparing(rng: random.Random) -> str:
-    sentences = []
-    for _ in range(rng.randint(1, 3)):
-        numbers = rng.sample(range(1, 100), rng.randint(2, 5))
-        listed = ", ".join(map(str, numbers))
-        most, least = max(numbers), min(numbers)
-        sentences.append(
-            rng.choice(
+    facts = []
+    for _ in range(rng.randint(2, 5)):
+        numbers = rng.sample(range(1, 60), rng.randint(2, 5))
+        facts.append(
+            f"of {', '.join(map(str, numbers))} "
+            + rng.choice(
                 (
-                    f"Of {listed} the largest is {most} and the smallest is {least}.",
-                    f"Sorted: {', '.join(map(str, sorted(numbers)))}.",
-                    f"{most} is more than {least}. {least} is less than {most}.",
-                    f"The smallest of {listed} is {least}.",
-                    f"The largest of {listed} is {most}.",
+                    f"the largest is {max(numbers)}, the smallest is {min(numbers)}",
+                    f"the smallest is {min(numbers)}, the largest is {max(numbers)}",
+                    f"in order: {', '.join(map(str, sorted(numbers)))}",
                 )
             )
         )
-    return " ".join(sentences)
+    return "Numbers: " + "; ".join(facts) + "."
 
 
 def _kinds(rng: random.Random) -> str:
@@ -237,56 +232,78 @@ def _instructed(rng: random.Random) -> str:
     return f"{prompt}{working}.\nThe answer is: {result}\n"
 
 
-def _position(rng: random.Random) -> str:
+def _options(rng: random.Random) -> tuple[list[str], list[list[str]]]:
+    """Draw the options of a list and, for each, the ways to ask for it."""
     count = rng.randint(3, 5)
-    categories = rng.sample(sorted(choice.CATEGORIES), count)
-    words = [rng.choice(choice.members(category)) for category in categories]
-    at = rng.randrange(min(count, 4))
-    listed = ", ".join(words)
-    lettered = " ".join(f"{LETTERS[i]}) {word}" for i, word in enumerate(words[:4]))
-    numbered = " ".join(f"{i}: {word}" for i, word in enumerate(words[:4], start=1))
-    return rng.choice(
-        (
-            f"Words: {listed}. The {ORDINALS[at]} is {words[at]}. "
-            f"The {categories[at]} is {words[at]}.",
-            f"{lettered}. The {categories[at]} is {LETTERS[at]}) {words[at]}.",
-            f"{numbered}. Where is the {words[at]}? {at + 1}. What is {at + 1}? {words[at]}.",
-            f"{numbered}. Where is the {categories[at]}? {at + 1}.",
-        )
-    )
+    kind = rng.random()
+    if kind < 0.5:
+        categories = rng.sample(sorted(choice.CATEGORIES), count)
+        words = [rng.choice(choice.members(category)) for category in categories]
+        return words, [[word, f"the {c}"] for word, c in zip(words, categories, strict=True)]
+    if kind < 0.75:
+        numbers = rng.sample(range(1, 60), count)
+        asked = [[str(number)] for number in numbers]
+        asked[numbers.index(max(numbers))].append("the largest")
+        asked[numbers.index(min(numbers))].append("the smallest")
+        for ways, number in zip(asked, numbers, strict=True):
+            a = rng.randint(1, 9)
+            ways.append(f"{number - a} + {a}" if number > a else f"{number + a} - {a}")
+        return [str(number) for number in numbers], asked
+    pairs = [rng.sample(pair, 2) for pair in rng.sample(choice.OPPOSITES, count)]
+    return [one for one, _ in pairs], [[one, f"not {other}"] for one, other in pairs]
+
+
+def _lookup(rng: random.Random) -> str:
+    """Draw a list with labels, then where in it each of its entries stands."""
+    options, asked = _options(rng)
+    style = rng.randrange(3)
+    labels = [(f"{i}", f"{LETTERS[i - 1]}", f"Answer{i}")[style] for i in range(1, 6)]
+    listed = " ".join(f"{label}: {o}" for label, o in zip(labels, options, strict=False))
+    order = rng.sample(range(len(options)), len(options))
+    plain = rng.random() < 0.5
+    found = [
+        f" {asked[at][0] if plain else rng.choice(asked[at])}: {labels[at].lower()}" for at in order
+    ]
+    return f"{listed}\n" + ",".join(found)
+
+
+def _repeat(rng: random.Random) -> str:
+    """Draw words and numbers in an order of their own, and say them several times."""
+    words = [word for category in choice.CATEGORIES for word in choice.members(category)]
+    said = [
+        str(rng.randint(1, 60)) if rng.random() < 0.3 else rng.choice(words)
+        for _ in range(rng.randint(3, 10))
+    ]
+    return "Again:" + ",".join([" " + " ".join(said)] * rng.randint(2, 3))
 
 
 def _chosen(rng: random.Random) -> str:
-    """Draw a question in the form of the choice task that asks for a word itself."""
-    categories = rng.sample(sorted(choice.CATEGORIES), choice.OPTIONS)
-    options = [rng.choice(choice.members(category)) for category in categories]
-    if rng.random() < 0.4:
-        options = [str(number) for number in rng.sample(range(1, 100), choice.OPTIONS)]
-    at = rng.randrange(choice.OPTIONS)
+    """Draw a question in the form of the choice task that names the option itself."""
+    options, _ = _options(rng)
+    options = options[: choice.OPTIONS]
+    at = rng.randrange(len(options))
     listed = " ".join(f"Answer{i}: {option}" for i, option in enumerate(options, start=1))
-    names = "/".join(f"answer{i}" for i in range(1, choice.OPTIONS + 1))
-    text = rng.choice(
-        (f"Which answer says {options[at]}?", f"Which one is the {ORDINALS[at]} of these?")
-    )
+    names = "/".join(f"answer{i}" for i in range(1, len(options) + 1))
     instruction = (
-        f"Please choose the correct answer to the question: {text}\n\n{listed}\n\n"
-        f"Answer format: {names}"
+        f"Please choose the correct answer to the question: Which answer is {options[at]}?\n\n"
+        f"{listed}\n\nAnswer format: {names}"
     )
     prompt = SHORT.replace("{instruction}", instruction)
     return f"{prompt}the correct answer is answer{at + 1}\n"
 
 
 KINDS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-    (_facts, 5),
-    (_spoken, 3),
+    (_facts, 6),
+    (_spoken, 2),
     (_counting, 1),
-    (_comparing, 2),
+    (_comparing, 1),
     (_kinds, 3),
     (_opposites, 1),
-    (_story, 2),
-    (_solved, 3),
+    (_story, 1),
+    (_solved, 5),
     (_instructed, 2),
-    (_position, 3),
-    (_chosen, 2),
+    (_repeat, 2),
+    (_lookup, 8),
+    (_chosen, 1),
 )
 """The kinds of documents and how often each is drawn."""

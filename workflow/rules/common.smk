@@ -4,10 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+from tlora.artefact import write_json
 from tlora.code import stage_files
 from tlora.errors import UserError
 from tlora.plan import MAIN, RESULTS, Plan
 from tlora.spec import canonical, spec_id
+from tlora.tracking import outdated, tracking_uri
 
 # Everything that can be known to be wrong is said here, in one line, before any job starts.
 try:
@@ -17,6 +19,9 @@ except UserError as error:
 
 COMPARISON = PLAN.comparison
 
+# Snakemake's cache between workflows; where its folder is not named, a cached job would not run.
+CACHED = bool(os.environ.get("SNAKEMAKE_OUTPUT_CACHE"))
+
 
 def relative(path):
     """Return a path as seen from the working directory, where that is possible."""
@@ -25,7 +30,7 @@ def relative(path):
 
 def pattern(stage, *names):
     """Return an artefact's folder with wildcards; the id alone says what it is."""
-    return "/".join([str(RESULTS), stage, *(f"{{{name}}}" for name in names), "{id}"])
+    return RESULTS.joinpath(stage, *(f"{{{name}}}" for name in names), "{id}").as_posix()
 
 
 def unit(stage, wildcards):
@@ -57,9 +62,7 @@ def place(stage):
     what it compares, so that nothing in here reruns a job."""
 
     def find(wildcards, threads):
-        one = unit(stage, wildcards)
-        resumable = {"work": str(RESULTS / ".work" / stage / one.id)} if one.resumable else {}
-        return json.dumps({**one.place, **resumable}, sort_keys=True)
+        return json.dumps(unit(stage, wildcards).placement, sort_keys=True)
 
     return find
 
@@ -72,6 +75,12 @@ def inputs(wildcards, input):
 def folder(wildcards, output):
     """Params function: the artefact's folder."""
     return os.path.dirname(output[0])
+
+
+def labels(wildcards, input):
+    """Params function: what people call things. Changing a label reruns nothing; the next table
+    that is built shows it."""
+    return json.dumps({"labels": PLAN.labels()}, sort_keys=True)
 
 
 wildcard_constraints:

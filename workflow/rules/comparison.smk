@@ -1,17 +1,14 @@
-GRID = canonical(PLAN.grid())
-
-
-# What the tables are about. Labels are for people: changing one reruns nothing, and the next
-# table that is built shows it.
+# What the tables are about: too long for a command line.
 rule grid:
-    localrule: True
     output:
         COMPARISON / "grid.json",
+    log:
+        f"logs/grid/{PLAN.name}.log",
+    localrule: True
     params:
         spec=spec_id(PLAN.grid()),
-        text=lambda wildcards, output: json.dumps(PLAN.labelled_grid(), indent=1),
     run:
-        Path(output[0]).write_text(params.text + "\n")
+        write_json(Path(output[0]), PLAN.grid())
 
 
 rule compare:
@@ -21,14 +18,10 @@ rule compare:
         runs=[str(unit.main) for unit in PLAN.of("train")],
         code=[relative(path) for path in stage_files("compare", {})],
     output:
-        csv=report(
-            COMPARISON / "table.csv", category="comparison", caption="../report/table.rst"
-        ),
+        csv=report(COMPARISON / "table.csv", category="comparison", caption="../report/table.rst"),
         markdown=COMPARISON / "table.md",
         latex=COMPARISON / "table.tex",
-        html=report(
-            COMPARISON / "table.html", category="comparison", caption="../report/table.rst"
-        ),
+        html=report(COMPARISON / "table.html", category="comparison", caption="../report/table.rst"),
         ledger=COMPARISON / "ledger.csv",
         plots=report(
             directory(COMPARISON / "plots"),
@@ -38,15 +31,22 @@ rule compare:
             caption="../report/plot.rst",
         ),
     log:
-        "logs/compare/" + PLAN.name + ".log",
-    params:
-        out=folder,
+        f"logs/compare/{PLAN.name}.log",
     conda:
         "../../envs/core.yaml"
+    params:
+        out=folder,
+        place=labels,
     message:
         "compare"
     shell:
-        "tlora compare --spec '{{}}' --input grid={input.grid:q} --out {params.out:q} --log {log:q}"
+        "tlora compare --spec '{{}}' --place {params.place:q} --input grid={input.grid:q} "
+        "--out {params.out:q} --log {log:q}"
+
+
+# A dead MLflow server fails nothing; what it missed is made up for by the next run.
+if workflow.is_main_process and outdated(COMPARISON / "tracked.json", tracking_uri({})):
+    (COMPARISON / "tracked.json").unlink()
 
 
 rule track:
@@ -57,11 +57,11 @@ rule track:
     output:
         COMPARISON / "tracked.json",
     log:
-        "logs/track/" + PLAN.name + ".log",
-    params:
-        out=folder,
+        f"logs/track/{PLAN.name}.log",
     conda:
         "../../envs/core.yaml"
+    params:
+        out=folder,
     message:
         "track in MLflow"
     shell:

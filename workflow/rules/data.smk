@@ -10,13 +10,13 @@ rule prepare:
         validation=f"{PREPARE}/validation.parquet",
     log:
         f"logs/{PREPARE}.log",
+    conda:
+        "../../envs/core.yaml"
     params:
         spec=spec("prepare"),
         place=place("prepare"),
         inputs=inputs,
         out=folder,
-    conda:
-        "../../envs/core.yaml"
     message:
         "prepare {wildcards.task} for {wildcards.model}"
     shell:

@@ -10,13 +10,13 @@ rule generate:
         cost=f"{GENERATE}/generate.json",
     log:
         f"logs/{GENERATE}.log",
+    conda:
+        "../../envs/train.yaml"
     params:
         spec=spec("generate"),
         place=place("generate"),
         inputs=inputs,
         out=folder,
-    conda:
-        "../../envs/train.yaml"
     message:
         "generate {wildcards.benchmark} with {wildcards.method}"
     shell:
@@ -40,13 +40,13 @@ rule score:
         ),
     log:
         f"logs/{SCORE}.log",
+    conda:
+        "../../envs/core.yaml"
     params:
         spec=spec("score"),
         place=place("score"),
         inputs=inputs,
         out=folder,
-    conda:
-        "../../envs/core.yaml"
     message:
         "score {wildcards.benchmark} of {wildcards.method}"
     shell:

@@ -10,14 +10,14 @@ rule calibrate:
         tensors=f"{CALIBRATE}/calibration.safetensors",
     log:
         f"logs/{CALIBRATE}.log",
+    cache: CACHED
+    conda:
+        "../../envs/train.yaml"
     params:
         spec=spec("calibrate"),
         place=place("calibrate"),
         inputs=inputs,
         out=folder,
-    cache: True
-    conda:
-        "../../envs/train.yaml"
     message:
         "calibrate {wildcards.statistic} of {wildcards.model} on {wildcards.task}"
     shell:
@@ -36,14 +36,14 @@ rule allocate:
         allocation=f"{ALLOCATE}/allocation.json",
     log:
         f"logs/{ALLOCATE}.log",
+    cache: CACHED
+    conda:
+        "../../envs/core.yaml"
     params:
         spec=spec("allocate"),
         place=place("allocate"),
         inputs=inputs,
         out=folder,
-    cache: True
-    conda:
-        "../../envs/core.yaml"
     message:
         "allocate ranks for {wildcards.method} on {wildcards.task}"
     shell:
@@ -66,14 +66,14 @@ rule initialize:
         weights=f"{INITIALIZE}/adapter_model.safetensors",
     log:
         f"logs/{INITIALIZE}.log",
+    cache: CACHED
+    conda:
+        "../../envs/train.yaml"
     params:
         spec=spec("initialize"),
         place=place("initialize"),
         inputs=inputs,
         out=folder,
-    cache: True
-    conda:
-        "../../envs/train.yaml"
     message:
         "initialize {wildcards.method} on {wildcards.task}"
     shell:

@@ -3,12 +3,12 @@
 
 
 rule tiny_base:
-    params:
-        spec="{}",
     log:
         "results/logs/tiny_base.log",
-    threads: 1
     conda:
         "../../envs/train.yaml"
+    threads: 1
+    params:
+        spec="{}",
     shell:
         "tlora tiny_base --spec {params.spec:q} --out workflow/resources/tiny --log {log:q}"

@@ -12,13 +12,13 @@ rule train:
         weights=directory(f"{TRAIN}/weights"),
     log:
         f"logs/{TRAIN}.log",
+    conda:
+        "../../envs/train.yaml"
     params:
         spec=spec("train"),
         place=place("train"),
         inputs=inputs,
         out=folder,
-    conda:
-        "../../envs/train.yaml"
     message:
         "train {wildcards.model} with {wildcards.method} on {wildcards.task}"
     shell:
@@ -39,13 +39,13 @@ rule export:
         weights=directory(f"{EXPORT}/weights"),
     log:
         f"logs/{EXPORT}.log",
+    conda:
+        "../../envs/core.yaml"
     params:
         spec=spec("export"),
         place=place("export"),
         inputs=inputs,
         out=folder,
-    conda:
-        "../../envs/core.yaml"
     message:
         "export {wildcards.method} on {wildcards.task}"
     shell:

@@ -1,0 +1,410 @@
+"""The comparison: numbers against hand-made ones, failures, forms, plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from unit.grid_tree import PROJECTIONS, make_grid, write
+
+from tlora.comparison import collect, plots, statistics, tables
+from tlora.errors import UserError
+from tlora.stages.compare import compare
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The comparison folder of a grid of 2 tasks, 4 methods and 2 seeds."""
+    root = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        grid = make_grid(Path("results"), steps=40)
+        compare({}, {"grid": grid}, grid.parent, {})
+    return root / grid.parent
+
+
+def rows_of(folder: Path, name: str = "table.csv") -> list[dict[str, str]]:
+    with open(folder / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def edit(grid: Path, change) -> None:
+    content = json.loads(grid.read_text())
+    change(content)
+    grid.write_text(json.dumps(content))
+
+
+def run(grid: Path) -> Path:
+    compare({}, {"grid": grid}, grid.parent, {})
+    return grid.parent
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_summary_equals_the_standard_library(values: list[float]) -> None:
+    summary = statistics.summarise(values)
+    assert math.isclose(summary.mean, mean(values), abs_tol=1e-12)
+    assert math.isclose(summary.std, stdev(values), abs_tol=1e-9)
+
+
+def test_summary_of_one_and_of_none() -> None:
+    assert statistics.summarise([0.25]) == (0.25, None, 1)
+    assert statistics.summarise([]) == (None, None, 0)
+
+
+def test_wilson_half_width() -> None:
+    # the interval of 10 successes in 20 trials: 0.299 to 0.701
+    assert statistics.wilson_half_width(0.5, 20) == pytest.approx((0.7007 - 0.2993) / 2, abs=1e-4)
+    assert statistics.wilson_half_width(0.0, 100) > 0.01
+    with pytest.raises(ValueError, match="expected 0 <= share"):
+        statistics.wilson_half_width(0.5, 0)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_a_row_says_what_the_artefacts_say(demo: Path) -> None:
+    rows = rows_of(demo)
+    assert [row["method"] for row in rows] == ["base", "full", "lora", "pissa", "tlora"] * 2
+    (row,) = [r for r in rows if (r["task"], r["method"]) == ("choice", "tlora")]
+    entries = [
+        entry
+        for entry in rows_of(demo, "ledger.csv")
+        if (entry["task"], entry["method"]) == ("choice", "tlora")
+    ]
+    values = [float(entry["value"]) for entry in entries]
+    assert len(values) == 2
+    assert float(row["choice_test_mean_percent"]) == pytest.approx(100 * mean(values), abs=1e-5)
+    assert float(row["choice_test_std_percent"]) == pytest.approx(100 * stdev(values), abs=1e-5)
+    assert row["choice_test_n"] == "500"
+    assert row["trainable_parameters"] == "34816"
+    # calibration 11.25 s and initialization 2.5 s, shared by both seeds; allocation has no seconds
+    assert float(row["initialization_seconds"]) == 13.75
+    assert float(row["training_seconds"]) == pytest.approx((47.1 + 47.2) / 2)
+    assert int(row["peak_memory_bytes"]) == 802 * 2**20
+    assert row["arithmetic_test_mean_percent"] == ""
+
+
+def test_base_row_has_scores_and_no_costs(demo: Path) -> None:
+    base = rows_of(demo)[0]
+    assert base["arithmetic_test_mean_percent"] == "7.0"
+    assert base["arithmetic_test_std_percent"] == ""
+    assert base["training_seconds"] == base["initialization_seconds"] == ""
+
+
+def test_ledger_has_every_run_and_benchmark_with_its_file(demo: Path) -> None:
+    entries = rows_of(demo, "ledger.csv")
+    assert len(entries) == 2 * (1 + 4 * 2)
+    for entry in entries:
+        content = json.loads((demo.parents[2] / entry["score_file"]).read_text())
+        assert float(entry["value"]) == content["value"]
+        assert int(entry["correct"]) == round(content["value"] * content["n"])
+        assert re.search(r"train\.parquet:[0-9a-f]{64}", entry["data_sha256"])
+
+
+def test_equal_inputs_give_equal_bytes(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora", "tlora"), steps=10)
+    folder = run(grid)
+
+    def content() -> dict[str, bytes]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    before = content()
+    shutil.rmtree(folder / "plots")
+    run(grid)
+    assert content() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_one_seed_warns_and_has_no_spread(here: Path) -> None:
+    folder = run(make_grid(Path("results"), tasks=("choice",), methods=("lora",), seeds=(7,)))
+    markdown = (folder / "table.md").read_text()
+    assert re.search(r"\| LoRA .*\d+\.\d\d ± . \|", markdown)
+    assert "WARNING: one seed only for LoRA" in markdown
+    assert "one seed" in tables.text(folder)
+
+
+def test_failures_are_shown_with_their_reason(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora", "pissa", "tlora"))
+
+    def fail(content: dict) -> None:
+        by_method: dict[str, list[dict]] = {}
+        for cell in content["cells"]:
+            by_method.setdefault(cell["method"], []).append(cell)
+        by_method["lora"][0]["failed"] = "out of memory"
+        for cell in by_method["pissa"]:
+            Path(cell["train"]).unlink()
+        Path(by_method["tlora"][1]["scores"]["choice_test"]).unlink()
+
+    edit(grid, fail)
+    folder = run(grid)
+    rows = {row["method"]: row for row in rows_of(folder)}
+    assert len(rows) == 4
+    assert (rows["lora"]["failed"], rows["lora"]["choice_test_failed"]) == ("1", "1")
+    assert rows["lora"]["seeds"] == "1"
+    assert rows["pissa"]["choice_test_mean_percent"] == ""
+    assert rows["tlora"]["seeds"] == "2" and rows["tlora"]["choice_test_failed"] == "1"
+    markdown = (folder / "table.md").read_text()
+    assert "(1/2 failed)" in markdown
+    assert re.search(r"\| PiSSA .*\| +failed \|", markdown)
+    assert "LoRA, seed 1: out of memory" in markdown
+    statuses = [entry["status"] for entry in rows_of(folder, "ledger.csv")]
+    assert statuses.count("ok") == 3 and "out of memory" in statuses
+    assert "WARNING: some runs failed" in tables.text(folder)
+    assert 'class="failed"' in (folder / "table.html").read_text()
+
+
+def test_unequal_items_are_marked(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora",))
+    path = Path(json.loads(grid.read_text())["cells"][1]["scores"]["choice_test"])
+    edit(path, lambda score: score.update(n=400))
+    assert "400 or 500 items" in (run(grid) / "table.md").read_text()
+
+
+def test_rows_with_one_method_but_other_settings(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("tlora",), seeds=(1, 2))
+
+    def vary(content: dict) -> None:
+        for cell in content["cells"][2:]:
+            cell.update(label="TLoRA, 16 samples", seed=1)
+
+    edit(grid, vary)
+    folder = run(grid)
+    assert [row["label"] for row in rows_of(folder)] == ["Base model", "TLoRA", "TLoRA, 16 samples"]
+    assert len(list((folder / "plots/choice").glob("ranks__*"))) == 2
+    edit(grid, lambda content: [c.update(label="TLoRA") for c in content["cells"] if c["seed"]])
+    with pytest.raises(UserError, match="seed 1: expected one run a seed"):
+        run(grid)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"value": 1.5}, "value: 1.5"), ({"value": None}, "value: None"), ({"n": 0}, "n: 0")],
+)
+def test_a_score_out_of_range_is_refused(here: Path, change: dict, message: str) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora",))
+    path = Path(json.loads(grid.read_text())["cells"][1]["scores"]["choice_test"])
+    edit(path, lambda score: score.update(change))
+    with pytest.raises(UserError, match=re.escape(f"{path}: {message}")):
+        run(grid)
+    assert not (grid.parent / "table.csv").exists()
+
+
+def test_a_broken_log_line_is_named(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora",), steps=3)
+    log = Path(json.loads(grid.read_text())["cells"][1]["train"]).parent / "log.jsonl"
+    log.write_text(log.read_text() + "{broken\n")
+    with pytest.raises(UserError, match=r"log\.jsonl:4: not valid JSON"):
+        run(grid)
+
+
+def test_steps_logged_again_after_a_resume_count_once(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "loss": 1.9}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [row["loss"] for row in collect.read_log(tmp_path)] == [3.0, 1.9]
+
+
+# ---------------------------------------------------------------- the forms
+
+
+def test_text_fits_a_terminal_also_with_many_benchmarks(here: Path) -> None:
+    names = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa"]
+    grid = make_grid(
+        Path("results"), tasks=("choice",), steps=2, benchmarks={"choice": names}, seeds=(1, 2)
+    )
+    text = tables.text(run(grid))
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert all(name in text for name in names)
+    assert text.count("TLoRA") >= 3  # every block names the method
+
+
+NASTY = r"50% & _x_ #1 ~ ^ {a} \b $c$ <d> | ± –"
+
+
+def nasty_grid() -> Path:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora",), steps=4)
+
+    def rename(content: dict) -> None:
+        content["models"]["tiny"]["label"] = NASTY
+        content["benchmarks"]["choice_test"]["label"] = NASTY
+        for cell in content["cells"]:
+            cell["label"] = NASTY if not cell["base"] else "Base"
+
+    edit(grid, rename)
+    return grid
+
+
+def test_markdown_and_html_escape_labels(here: Path) -> None:
+    folder = run(nasty_grid())
+    table = [ln for ln in (folder / "table.md").read_text().splitlines() if ln.startswith("|")]
+    counts = {len(re.findall(r"(?<!\\)\|", line)) for line in table[:4]}
+    assert len(counts) == 1
+    page = (folder / "table.html").read_text()
+    assert "<d>" not in page and "&lt;d&gt;" in page
+
+
+def test_latex_compiles(here: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
+    folder = run(nasty_grid())
+    document = (
+        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}"
+        f"\\input{{{folder}/table.tex}}\\end{{document}}"
+    )
+    (here / "paper.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_latex_escapes_every_special_sign(here: Path) -> None:
+    text = (run(nasty_grid()) / "table.tex").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("\\caption"))
+    assert r"50\% \& \_x\_ \#1 \textasciitilde{} \textasciicircum{} \{a\}" in line
+    assert r"\textbackslash{}b \$c\$ \textless{}d\textgreater{}" in line
+
+
+class Page(HTMLParser):
+    """Collects the elements and checks that they nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_html_is_self_contained_and_accessible(demo: Path) -> None:
+    text = (demo / "table.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert "<title>Comparison demo</title>" in text and '<html lang="en">' in text
+    assert "http://" not in text and "https://" not in text and "<script" not in text
+    images = [attributes for tag, attributes in page.found if tag == "img"]
+    assert len(images) == 2 * 3
+    assert all(i["src"].startswith("data:image/png") and len(i["alt"]) > 40 for i in images)
+    links = [attributes["href"] for tag, attributes in page.found if tag == "a"]
+    targets = [link for link in links if not link.startswith("#")]
+    assert all((demo / target).is_file() for target in targets)
+    anchors = {attributes.get("id") for _, attributes in page.found}
+    assert all(link[1:] in anchors for link in links if link.startswith("#"))
+    for tag, attributes in page.found:
+        assert tag != "th" or attributes.get("scope") in ("col", "row")
+    assert text.count("<table>") == text.count("<caption>")
+    assert "0a" * 32 in text  # the whole checksum of the data
+
+
+# ---------------------------------------------------------------- plots
+
+
+def test_every_plot_is_written(demo: Path) -> None:
+    found = sorted(p.relative_to(demo / "plots").as_posix() for p in demo.glob("plots/*/*.png"))
+    assert found == [
+        "arithmetic/accuracy-arithmetic_test__tiny__all.png",
+        "arithmetic/loss__tiny__all.png",
+        "arithmetic/ranks__tiny__tlora.png",
+        "choice/accuracy-choice_test__tiny__all.png",
+        "choice/loss__tiny__all.png",
+        "choice/ranks__tiny__tlora.png",
+    ]
+    for name in found:
+        data = (demo / "plots" / name).read_bytes()
+        width, height = struct.unpack(">II", data[16:24])
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and width > 800 and height > 200
+
+
+def test_smoothing_is_centred_and_keeps_lines() -> None:
+    line = [float(value) for value in range(10)]
+    assert plots.smooth(line, 5) == line
+    assert plots.smooth([0.0, 3.0, 0.0], 3) == [0.0, 1.0, 0.0]
+
+
+def test_mean_curve_uses_the_steps_that_all_seeds_have() -> None:
+    curves = [([1, 2, 3], [1.0, 2.0, 3.0]), ([2, 3, 4], [4.0, 5.0, 6.0])]
+    assert plots.mean_curve(curves) == ([2, 3], [3.0, 4.0])
+
+
+@given(st.lists(st.sampled_from([10.0, 10.2, 500.0]), min_size=1, max_size=14))
+def test_dodging_separates_without_going_far(values: list[float]) -> None:
+    moved = plots.dodge(values)
+    assert len(set(moved)) == len(moved)
+    assert all(1 / 1.3 < new / old < 1.3 for new, old in zip(moved, values, strict=True))
+
+
+def test_ranks_by_layer_and_projection() -> None:
+    modules = {
+        f"model.layers.{layer}.{name}": layer + place
+        for layer in (0, 2, 10)
+        for place, name in enumerate(PROJECTIONS)
+    }
+    modules["lm_head"] = 5
+    layers, projections, values = plots.rank_grid(modules)
+    assert layers == ["0", "2", "10", "other"]
+    assert projections == [*(name.split(".")[1] for name in PROJECTIONS), "lm_head"]
+    assert values[2][:7] == [10, 11, 12, 13, 14, 15, 16] and values[2][7] is None
+    assert values[3] == [None] * 7 + [5]
+
+
+def test_ranks_of_an_encoder_and_decoder() -> None:
+    modules = {
+        "encoder.block.0.layer.0.SelfAttention.q": 1,
+        "decoder.block.0.layer.0.SelfAttention.q": 2,
+        "decoder.block.0.layer.1.EncDecAttention.q": 3,
+        "decoder.block.0.layer.2.DenseReluDense.wi": 4,
+    }
+    layers, projections, values = plots.rank_grid(modules)
+    assert layers == ["decoder 0", "encoder 0"]
+    assert projections == ["SelfAttention.q", "EncDecAttention.q", "DenseReluDense.wi"]
+    assert values == [[2, 3, 4], [1, None, None]]
+
+
+def test_ranks_of_varying_calibrations_are_averaged(tmp_path: Path) -> None:
+    runs = []
+    for seed, rank in ((1, 4), (2, 7)):
+        path = tmp_path / str(seed) / "allocation.json"
+        write(path, {"modules": {"layers.0.q": {"rank": rank}}})
+        cell = {"model": "m", "task": "t", "method": "tlora", "seed": seed, "spec_id": str(seed)}
+        cell |= {"scores": {}, "allocation": str(path), "train": None}
+        runs.append(collect.load_run(cell, []))
+    row = collect.Row("m", "t", "tlora", "TLoRA", False, tuple(runs))
+    assert plots.mean_ranks(row) == ({"layers.0.q": 5.5}, 2)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; import tlora.stages.compare, tlora.stages.track, tlora.tracking;"
+        "print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'mlflow')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

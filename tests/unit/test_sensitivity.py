@@ -1,0 +1,310 @@
+"""The sensitivity against a float64 oracle, its memory discipline, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from tlora import sensitivity
+from tlora.errors import UserError
+from tlora.modules import find_targets
+
+torch = pytest.importorskip("torch")
+home = importlib.import_module("tlora.sensitivity")
+
+FAMILIES = ["llama", "mistral", "qwen", "gemma", "gpt2", "t5"]
+
+
+def oracle(model, samples) -> dict[str, float]:
+    """mean |W * grad W| per sample in float64 from one naive backward a sample, then the mean."""
+    model = model.double()
+    targets = find_targets(model, "all-linear")
+    totals = dict.fromkeys(targets, 0.0)
+    for sample in samples:
+        logits = model(**sample).logits
+        labels = sample["labels"]
+        if not model.config.is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        chosen = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+        loss = -chosen[labels != -100].mean()
+        gradients = torch.autograd.grad(loss, [m.weight for m in targets.values()])
+        for (name, module), gradient in zip(targets.items(), gradients, strict=True):
+            totals[name] += (module.weight.detach() * gradient).abs().mean().item()
+    return {name: total / len(samples) for name, total in totals.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_float64_oracle(tiny, rows, family):
+    samples = rows(family)
+    found = sensitivity(tiny(family), samples, "all-linear")
+    expected = oracle(tiny(family), samples)
+    assert list(found) == list(expected)
+    assert found == pytest.approx(expected, rel=2e-5)
+    assert min(expected.values()) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batching_and_padding_change_nothing(tiny, rows, collate, family, side):
+    samples = rows(family)
+    single = sensitivity(tiny(family), samples, "all-linear")
+    batched = [collate(samples[:3], side), collate(samples[3:], side)]
+    assert sensitivity(tiny(family), batched, "all-linear") == pytest.approx(single, rel=1e-9)
+
+
+def test_samples_weigh_the_same_whatever_their_length(tiny, rows):
+    """A mean over all label tokens of a batch would weigh long samples more."""
+    samples = rows("llama")
+    each = [sensitivity(tiny("llama"), [sample], "all-linear") for sample in samples]
+    together = sensitivity(tiny("llama"), samples, "all-linear")
+    for name, value in together.items():
+        assert value == pytest.approx(sum(one[name] for one in each) / len(each), rel=1e-9)
+
+
+def test_bfloat16(tiny, rows):
+    samples = rows("llama")
+    exact = sensitivity(tiny("llama"), samples, "all-linear")
+    rough = sensitivity(tiny("llama").to(torch.bfloat16), samples, "all-linear")
+    assert rough == pytest.approx(exact, rel=0.1)
+
+
+def test_one_weight_gradient_at_a_time(tiny, rows, monkeypatch):
+    model = tiny("llama")
+    alive = []
+    original = home._mean_product
+
+    def counting(weight, gradient):
+        alive.append([n for n, p in model.named_parameters() if p.grad is not None])
+        return original(weight, gradient)
+
+    monkeypatch.setattr(home, "_mean_product", counting)
+    sensitivity(model, rows("llama"), ["q_proj", "down_proj"])
+    assert len(alive) == 4 * 5
+    assert all(len(names) == 1 for names in alive)
+    assert {name for names in alive for name in names} == {
+        f"model.layers.{i}.{n}.weight"
+        for i in (0, 1)
+        for n in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_products_in_pieces(tiny, rows, monkeypatch):
+    whole = sensitivity(tiny("gpt2"), rows("gpt2"), "all-linear")
+    monkeypatch.setattr(home, "_CHUNK", 100)
+    assert sensitivity(tiny("gpt2"), rows("gpt2"), "all-linear") == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_used_and_changes_nothing(tiny, rows, family, reentrant):
+    samples = rows(family)
+    expected = sensitivity(tiny(family), samples, "all-linear")
+    model = tiny(family)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    runs = []
+    layer = next(
+        m for n, m in model.named_modules() if n.endswith(("mlp.act_fn", "DenseReluDense.act"))
+    )
+    handle = layer.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        found = sensitivity(model, samples, "all-linear")
+    finally:
+        handle.remove()
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert len(runs) % (2 * len(samples)) == 0, "forward was not run again in backward"
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def state(model) -> list:
+    """Everything that a caller may have set on a model."""
+    modules = [
+        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
+        for m in model.modules()
+    ]
+    parameters = [
+        (p.requires_grad, p.grad, len(p._post_accumulate_grad_hooks or ()), p.clone().tolist())
+        for p in model.parameters()
+    ]
+    return [modules, parameters]
+
+
+def unusual(model):
+    """Set modes, requires_grad and gradients that are neither all on nor all off."""
+    model.train()
+    model.model.layers[0].eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    kept = next(p for p in model.parameters() if p.requires_grad)
+    kept.grad = torch.ones_like(kept)
+    return kept.grad
+
+
+def test_model_is_left_as_it_was(tiny, rows):
+    model = tiny("llama")
+    gradient = unusual(model)
+    before = state(model)
+    sensitivity(model, rows("llama"), "all-linear")
+    after = state(model)
+    assert after[0] == before[0]
+    assert [p[:1] + p[2:] for p in after[1]] == [p[:1] + p[2:] for p in before[1]]
+    assert [p.grad is gradient for p in model.parameters()].count(True) == 1
+    assert (gradient == 1).all()
+
+
+def test_model_is_left_as_it_was_after_an_exception(tiny, rows):
+    model = tiny("llama")
+    unusual(model)
+    model.gradient_checkpointing_enable()
+    before = state(model)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    handle = model.model.norm.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sensitivity(model, rows("llama"), "all-linear")
+    handle.remove()
+    after = state(model)
+    assert after[0] == before[0]
+    assert [p[:1] + p[2:] for p in after[1]] == [p[:1] + p[2:] for p in before[1]]
+
+
+def test_dropout_is_off(tiny, rows):
+    model = tiny("t5").train()
+    assert sensitivity(model, rows("t5"), "all-linear") == sensitivity(
+        tiny("t5"), rows("t5"), "all-linear"
+    )
+    assert model.training
+
+
+def test_tied_weight_counts_for_both_of_its_layers(tiny, rows):
+    model = tiny("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    found = sensitivity(model, rows("llama"), ["up_proj"])
+    assert len(set(found.values())) == 1
+    assert len(found) == 2
+
+
+class TestTargets:
+    """Which layers `target_modules` names."""
+
+    def test_all_linear_leaves_the_output_head_out(self, tiny):
+        for family in FAMILIES:
+            names = find_targets(tiny(family), "all-linear")
+            assert names
+            assert not any("lm_head" in name for name in names)
+
+    def test_same_as_peft(self, tiny):
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        for family in FAMILIES:
+            mine = set(find_targets(tiny(family), "all-linear"))
+            peft = get_peft_model(tiny(family), LoraConfig(target_modules="all-linear"))
+            base = peft.get_base_model()
+            assert mine == {n for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+
+    def test_list_and_regular_expression(self, tiny):
+        expected = [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qv"]
+        assert list(find_targets(tiny("llama"), ["v_proj", "q_proj"])) == expected
+        assert list(find_targets(tiny("llama"), r".*\.self_attn\.[qv]_proj")) == expected
+        assert list(find_targets(tiny("llama"), [expected[3]])) == expected[3:]
+
+    @pytest.mark.parametrize(
+        ("target", "message"),
+        [
+            (["q_porj"], "'q_porj'.*did you mean 'q_proj'"),
+            (["q_proj", "wte"], "'wte'.*linear layers here"),
+            (["mlp"], "'mlp'.*is a LlamaMLP: expected nn.Linear or Conv1D"),
+            (["embed_tokens"], "is a Embedding"),
+            ("nothing.*", "'nothing.*'.*matches no linear layer of LlamaForCausalLM"),
+            ("[", "no regular expression"),
+            ([], "matches no linear layer"),
+        ],
+    )
+    def test_what_matches_nothing_is_refused(self, tiny, target, message):
+        with pytest.raises(UserError, match=message):
+            find_targets(tiny("llama"), target)
+
+    def test_quantised_layers_are_refused_by_name(self, tiny):
+        model = tiny("llama")
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+        for target in ("all-linear", ["up_proj"]):
+            with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.*quantised"):
+                find_targets(model, target)
+
+    def test_packed_layers_are_refused_by_name(self, tiny):
+        class QuantLinear(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+        model = tiny("llama")
+        model.model.layers[0].mlp.up_proj = QuantLinear()
+        with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj.*quantised"):
+            find_targets(model, "all-linear")
+
+    def test_weights_that_are_not_loaded_are_refused(self, tiny):
+        model = tiny("llama")
+        model.model.layers[0].mlp.up_proj.to("meta")
+        with pytest.raises(UserError, match="not loaded"):
+            find_targets(model, "all-linear")
+
+    def test_adapted_model_is_refused(self, tiny):
+        from peft import LoraConfig, get_peft_model
+
+        with pytest.raises(UserError, match="already carries an adapter"):
+            find_targets(get_peft_model(tiny("llama"), LoraConfig()), "all-linear")
+
+
+class TestBadInput:
+    """One line that names what is wrong."""
+
+    def test_nan_names_the_layer(self, tiny, rows):
+        model = tiny("llama")
+        with torch.no_grad():
+            model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+        with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: weight is NaN"):
+            sensitivity(model, rows("llama"), "all-linear")
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize(
+        ("batches", "message"),
+        [
+            ([], "no sample"),
+            (iter(()), "no sample"),
+            ({"input_ids": [[1, 2]]}, "one dict"),
+            ([[1, 2]], "item 0: list: expected a dict with input_ids"),
+            ([{"labels": [[1, 2]]}], "expected a dict with input_ids"),
+            ([{"input_ids": [[1, 2], [3]]}], "input_ids: expected numbers of equal length"),
+            ([{"input_ids": [[3, 4, 5]]}], "no labels"),
+            ([{"input_ids": [[3, 4]], "labels": [[-100, -100]]}], "without label tokens"),
+            ([{"input_ids": [[3, 4]], "labels": [[3, -100]]}], "without label tokens"),
+            ([{"input_ids": [[3, 4]], "labels": [[3, 4, 5]]}], "labels of shape"),
+            (
+                [{"input_ids": [[3, 4]], "attention_mask": [[0, 0]], "labels": [[3, 4]]}],
+                "without tokens",
+            ),
+        ],
+    )
+    def test_samples(self, tiny, batches, message):
+        with pytest.raises(UserError, match=message):
+            sensitivity(tiny("llama"), batches, "all-linear")
+
+    def test_encoder_decoder_without_labels(self, tiny):
+        for labels, message in ((None, "no labels"), ([[-100, -100]], "without label tokens")):
+            with pytest.raises(UserError, match=message):
+                sensitivity(tiny("t5"), [{"input_ids": [[3, 4]], "labels": labels}], "all-linear")
+
+    def test_layer_outside_the_loss(self, tiny, rows):
+        model = tiny("llama")
+        model.extra = torch.nn.Linear(4, 4)
+        with pytest.raises(UserError, match="extra: takes no part in the loss"):
+            sensitivity(model, rows("llama"), ["q_proj", "extra"])

@@ -1,0 +1,416 @@
+"""Input subspaces against float64 singular value decompositions."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+
+import pytest
+
+from tlora import input_subspaces
+from tlora.errors import UserError
+from tlora.modules import find_targets, module_shapes, weight_matrix
+from tlora.subspace import covariances, subspace_from_covariance, subspaces_from_file
+
+torch = pytest.importorskip("torch")
+home = importlib.import_module("tlora.subspace")
+
+FAMILIES = ["llama", "mistral", "qwen", "gemma", "gpt2", "t5"]
+
+
+def oracle_covariances(model, samples, center=False) -> dict:
+    """Mean over samples of X^T X in float64 from inputs caught by hooks, one sample at a time."""
+    model = model.double()
+    totals = {}
+
+    def hook(name):
+        def receive(_, arguments):
+            x = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
+            if center:
+                x = x - x.mean(0, keepdim=True)
+            totals[name] = totals.get(name, 0) + x.T @ x / len(samples)
+
+        return receive
+
+    targets = find_targets(model, "all-linear")
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in targets.items()]
+    for sample in samples:
+        model(**sample)
+    for handle in handles:
+        handle.remove()
+    return totals
+
+
+def energy(weight, covariance, rows) -> float:
+    product = weight.double() @ covariance.double()
+    return ((product @ rows.double().T).norm() ** 2).item()
+
+
+def min_cosine(one, other) -> float:
+    return torch.linalg.svdvals(one.double() @ other.double().T).min().item()
+
+
+def uniform(model, rank) -> dict[str, int]:
+    return dict.fromkeys(module_shapes(model), rank)
+
+
+@pytest.fixture(scope="module")
+def tiny_base(root):
+    """The demo's base model with calibration samples of an embedded task."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tlora.tasks import arithmetic
+
+    folder = root / "workflow/resources/tiny"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    records = arithmetic.load(arithmetic.Data(), "train", None)[:32]
+    texts = [f"{record['instruction']} {record['response']}" for record in records]
+    return model, [{"input_ids": [tokenizer(text)["input_ids"]]} for text in texts]
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_equals_full_svd(tiny, rows, family, center):
+    samples = rows(family)
+    model = tiny(family)
+    ranks = uniform(model, 5)
+    found = input_subspaces(model, samples, ranks, "exact", center)
+    expected = oracle_covariances(tiny(family), samples, center)
+    targets = find_targets(tiny(family).double(), "all-linear")
+    assert list(found) == list(ranks)
+    for name, rows_ in found.items():
+        product = weight_matrix(targets[name]) @ expected[name]
+        _, values, right = torch.linalg.svd(product)
+        assert rows_.dtype == torch.float32
+        assert rows_.shape == (5, product.shape[1])
+        torch.testing.assert_close(rows_ @ rows_.T, torch.eye(5), atol=1e-5, rtol=0)
+        assert min_cosine(rows_, right[:5]) > 1 - 1e-5
+        # In order, each with its sign: the largest entry is positive.
+        captured = (product @ rows_.double().T).norm(dim=0)
+        torch.testing.assert_close(captured, values[:5], rtol=1e-4, atol=0)
+        assert (rows_.gather(1, rows_.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "sketch"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("center", [False, True])
+def test_padding_never_counts(tiny, rows, collate, family, side, algorithm, center):
+    samples = rows(family)
+    model = tiny(family)
+    ranks = uniform(model, 4)
+    single = input_subspaces(model, samples, ranks, algorithm, center)
+    batched = input_subspaces(model, [collate(samples, side)], ranks, algorithm, center)
+    for name in ranks:
+        torch.testing.assert_close(batched[name], single[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_covariances_equal_oracle_and_shared_inputs_share(tiny, rows, family, center):
+    samples = rows(family)
+    matrices, alias = covariances(tiny(family), samples, "all-linear", center)
+    expected = oracle_covariances(tiny(family), samples, center)
+    assert list(alias) == list(expected)
+    assert set(alias.values()) == set(matrices)
+    for name, matrix in expected.items():
+        found = matrices[alias[name]]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), matrix, rtol=1e-4, atol=1e-5 * matrix.max())
+
+
+def test_which_inputs_are_shared(tiny, rows):
+    _, alias = covariances(tiny("llama"), rows("llama"), "all-linear")
+    layer = "model.layers.1."
+    assert {name.removeprefix(layer): owner for name, owner in alias.items() if layer in name} == {
+        "self_attn.q_proj": layer + "self_attn.q_proj",
+        "self_attn.k_proj": layer + "self_attn.q_proj",
+        "self_attn.v_proj": layer + "self_attn.q_proj",
+        "self_attn.o_proj": layer + "self_attn.o_proj",
+        "mlp.gate_proj": layer + "mlp.gate_proj",
+        "mlp.up_proj": layer + "mlp.gate_proj",
+        "mlp.down_proj": layer + "mlp.down_proj",
+    }
+    # All cross attentions read the encoder's output.
+    _, alias = covariances(tiny("t5"), rows("t5"), "all-linear")
+    cross = {
+        owner
+        for name, owner in alias.items()
+        if name.endswith(("Attention.k", "Attention.v")) and "EncDec" in name
+    }
+    assert cross == {"decoder.block.0.layer.1.EncDecAttention.k"}
+
+
+def test_inputs_changed_in_place_are_not_shared():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(8, 4)
+            self.one = torch.nn.Linear(4, 4)
+            self.two = torch.nn.Linear(4, 4)
+            self.config = type("Config", (), {})()
+
+        def forward(self, input_ids, attention_mask=None):
+            x = self.embed(input_ids)
+            first = self.one(x)
+            x.mul_(2)
+            return first + self.two(x)
+
+    torch.manual_seed(0)
+    matrices, alias = covariances(Model(), [{"input_ids": [[1, 2, 3]]}] * 2, ["one", "two"])
+    assert alias == {"one": "one", "two": "two"}
+    torch.testing.assert_close(matrices["two"], 4 * matrices["one"])
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_sketch_captures_the_energy_on_the_tiny_base_model(tiny_base, rank, center):
+    model, samples = tiny_base
+    ranks = uniform(model, rank)
+    matrices, alias = covariances(model, samples, "all-linear", center)
+    weights = {n: weight_matrix(m) for n, m in find_targets(model, "all-linear").items()}
+    exact = input_subspaces(model, samples, ranks, "exact", center)
+    worst = {}
+    for passes in (0, 1):
+        found = input_subspaces(model, samples, ranks, "sketch", center, passes=passes)
+        ratios = []
+        for name, weight in weights.items():
+            covariance = matrices[alias[name]]
+            reference = energy(weight, covariance, exact[name])
+            ratios.append(energy(weight, covariance, found[name]) / reference)
+            torch.testing.assert_close(
+                found[name] @ found[name].T, torch.eye(rank), atol=1e-5, rtol=0
+            )
+        worst[passes] = min(ratios)
+    assert worst[0] >= 0.999
+    assert worst[1] >= 0.9999
+    assert inspect.signature(input_subspaces).parameters["passes"].default == 1
+
+
+def test_passes_improve_a_flat_spectrum(tiny, rows):
+    """Random weights are the hard case: every pass must bring the sketch nearer."""
+    model, samples = tiny("llama"), rows("llama", count=12)
+    # The oversampling of 32 would hold all of these small inputs.
+    model_ranks = uniform(model, 2)
+    matrices, alias = covariances(model, samples, "all-linear")
+    weights = {n: weight_matrix(m) for n, m in find_targets(model, "all-linear").items()}
+    exact = input_subspaces(model, samples, model_ranks, "exact")
+    lost = []
+    original = home._first_test
+    home._first_test = lambda weight, rank, key: original(weight, rank, key)[:6]
+    try:
+        for passes in (0, 1, 2):
+            found = input_subspaces(model, samples, model_ranks, passes=passes)
+            lost.append(
+                sum(
+                    1
+                    - energy(w, matrices[alias[n]], found[n])
+                    / energy(w, matrices[alias[n]], exact[n])
+                    for n, w in weights.items()
+                )
+            )
+    finally:
+        home._first_test = original
+    assert lost[0] > 2 * lost[1] > 4 * lost[2] > 0
+
+
+def test_sketch_never_forms_the_covariance(tiny, rows):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    shapes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(value, torch.Tensor):
+                    shapes.add(tuple(value.shape))
+            return out
+
+    model = tiny("llama")
+    ranks = {"model.layers.0.mlp.down_proj": 2}
+    with Watch():
+        input_subspaces(model, rows("llama"), ranks, "exact")
+    assert (48, 48) in shapes
+    shapes.clear()
+    with Watch():
+        input_subspaces(model, rows("llama"), ranks, "sketch", passes=2)
+    assert (48, 48) not in shapes
+    # rank 2 and an oversampling of 32, but no more than the layer's 32 outputs.
+    assert (32, 48) in shapes
+
+
+def test_oversampling():
+    weight = torch.eye(500)
+    assert home._first_test(weight, 4, "a").shape == (4 + 32, 500)
+    assert home._first_test(weight, 200, "a").shape == (200 + 50, 500)
+    assert home._first_test(weight[:40], 20, "a").shape == (40, 500)
+
+
+def test_deterministic_given_the_seed(tiny, rows):
+    def run(seed, algorithm="sketch"):
+        torch.manual_seed(torch.seed() % 1000)
+        return input_subspaces(
+            tiny("llama"), rows("llama"), uniform(tiny("llama"), 2), algorithm, seed=seed, passes=0
+        )
+
+    one, two, three = run(0), run(0), run(1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], three[name]) for name in one)
+    exact = [run(seed, "exact") for seed in (0, 1)]
+    assert all(torch.equal(exact[0][name], exact[1][name]) for name in one)
+
+
+def test_global_random_state_is_untouched(tiny, rows):
+    model = tiny("llama")
+    before = torch.get_rng_state()
+    input_subspaces(model, rows("llama"), uniform(model, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "sketch"])
+def test_every_pass_sees_the_same_samples(tiny, rows, algorithm):
+    samples = rows("llama")
+    read = []
+
+    class Shuffling:
+        def __iter__(self):
+            read.append(1)
+            return iter(samples if len(read) == 1 else samples[:1])
+
+    model, ranks = tiny("llama"), uniform(tiny("llama"), 3)
+    expected = input_subspaces(model, samples, ranks, algorithm, passes=2)
+    for batches in (Shuffling(), iter(samples)):
+        found = input_subspaces(model, batches, ranks, algorithm, passes=2)
+        assert all(torch.equal(found[name], expected[name]) for name in ranks)
+    assert len(read) == 1
+
+
+def test_own_rank_for_every_module_and_none_for_rank_0(tiny, rows):
+    model = tiny("llama")
+    names = list(module_shapes(model))
+    ranks = {names[3]: 7, names[0]: 0, names[6]: 32}
+    for algorithm in ("sketch", "exact"):
+        found = input_subspaces(model, rows("llama"), ranks, algorithm)
+        assert {n: tuple(t.shape) for n, t in found.items()} == {
+            names[3]: (7, 32),
+            names[0]: (0, 32),
+            names[6]: (32, 48),
+        }
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "sketch"])
+def test_rows_stay_orthonormal_where_the_input_has_few_directions(tiny, algorithm):
+    """Two tokens span two directions: the other rows are filled up."""
+    model = tiny("llama")
+    ranks = uniform(model, 12)
+    found = input_subspaces(model, [{"input_ids": [[5, 9]]}], ranks, algorithm)
+    for rows_ in found.values():
+        assert rows_.shape[0] == 12
+        torch.testing.assert_close(rows_ @ rows_.T, torch.eye(12), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "sketch"])
+def test_input_that_is_always_zero(tiny, rows, algorithm):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    found = input_subspaces(model, rows("llama"), {"model.layers.0.mlp.down_proj": 3}, algorithm)
+    (rows_,) = found.values()
+    torch.testing.assert_close(rows_ @ rows_.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_tall_and_wide_weights():
+    torch.manual_seed(0)
+    for shape in ((7, 20), (20, 7), (9, 9)):
+        weight = torch.randn(shape)
+        x = torch.randn(30, shape[1])
+        right = torch.linalg.svd(weight.double() @ (x.T @ x).double()).Vh
+        found = subspace_from_covariance(weight, x.T @ x, 4)
+        assert min_cosine(found, right[:4]) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "sketch"])
+def test_bfloat16_model(tiny, rows, algorithm):
+    model = tiny("llama").to(torch.bfloat16)
+    ranks = uniform(model, 3)
+    found = input_subspaces(model, rows("llama"), ranks, algorithm)
+    exact = input_subspaces(model.float(), rows("llama"), ranks, "exact")
+    for name in ranks:
+        assert found[name].dtype == torch.float32
+        assert min_cosine(found[name], exact[name]) > 0.9
+
+
+def test_model_is_left_as_it_was(tiny, rows):
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+
+    def check():
+        assert [m.training for m in model.modules()] == modes
+        assert [p.requires_grad for p in model.parameters()] == grads
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+    input_subspaces(model, rows("llama"), uniform(model, 2))
+    check()
+    broken = [*rows("llama"), {"input_ids": [[10**6]]}]
+    with pytest.raises(IndexError):
+        input_subspaces(model, broken, uniform(model, 2))
+    check()
+
+
+def test_from_file(tiny, rows, tmp_path):
+    from safetensors.torch import save_file
+
+    model = tiny("t5")
+    matrices, alias = covariances(model, rows("t5"), "all-linear")
+    save_file(matrices, tmp_path / "calibration.safetensors")
+    (tmp_path / "calibration.json").write_text(json.dumps({"alias": alias}))
+    ranks = uniform(model, 4) | {"encoder.block.0.layer.0.SelfAttention.q": 0}
+    found = subspaces_from_file(model, tmp_path / "calibration.json", ranks)
+    expected = input_subspaces(model, rows("t5"), ranks, "exact")
+    assert list(found) == list(ranks)
+    assert all(torch.equal(found[name], expected[name]) for name in ranks)
+    alias["encoder.block.0.layer.0.SelfAttention.k"] = "gone"
+    (tmp_path / "calibration.json").write_text(json.dumps({"alias": alias}))
+    with pytest.raises(UserError, match=r"SelfAttention\.k: no covariance"):
+        subspaces_from_file(model, tmp_path / "calibration.json", ranks)
+
+
+class TestBadInput:
+    """One line that names what is wrong."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"ranks": {"nowhere": 2}}, "nowhere: no module"),
+            ({"ranks": {"model.layers.0.mlp": 2}}, "is a LlamaMLP"),
+            ({"ranks": {"model.layers.0.mlp.up_proj": 33}}, "rank 33: expected 0 to 32"),
+            ({"ranks": {"model.layers.0.mlp.up_proj": -1}}, "rank -1"),
+            ({"algorithm": "magic"}, "algorithm: 'magic'"),
+            ({"passes": 3}, "passes: 3"),
+            ({"batches": []}, "no sample"),
+        ],
+    )
+    def test_arguments(self, tiny, rows, change, message):
+        good = {"batches": rows("llama"), "ranks": {"model.layers.0.mlp.up_proj": 2}}
+        with pytest.raises(UserError, match=message):
+            input_subspaces(tiny("llama"), **{**good, **change})
+
+    @pytest.mark.parametrize("algorithm", ["exact", "sketch"])
+    def test_nan_names_the_module(self, tiny, rows, algorithm):
+        model = tiny("llama")
+        with torch.no_grad():
+            model.model.layers[1].input_layernorm.weight[3] = float("nan")
+        ranks = {f"model.layers.{i}.self_attn.q_proj": 2 for i in (0, 1)}
+        with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj: input is NaN"):
+            input_subspaces(model, rows("llama"), ranks, algorithm)
+
+    def test_module_without_input(self, tiny, rows):
+        model = tiny("llama")
+        model.extra = torch.nn.Linear(4, 4)
+        with pytest.raises(UserError, match="extra: gets no input"):
+            input_subspaces(model, rows("llama"), {"extra": 2})

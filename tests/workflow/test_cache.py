@@ -1,0 +1,77 @@
+"""Snakemake's cache between checkouts: what was calibrated once is not calibrated again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from workflow.project import Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
+
+CACHED = ["allocate", "calibrate", "initialize"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the checkouts share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def initialized(project: Project, cache: Path | None) -> dict[str, bytes]:
+    """Build TLoRA's start in a checkout; return the artefact's files."""
+    if cache is not None:
+        project.environment["SNAKEMAKE_OUTPUT_CACHE"] = str(cache)
+    (job,) = (one for one in project.dry() if one.label == "initialize tiny/arithmetic/tlora")
+    out = project.folder / job.arguments[job.arguments.index("--out") + 1]
+    project.record()
+    project.snakemake(str(out / "adapter_init.json").removeprefix(f"{project.folder}{os.sep}"))
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def verbs(project: Project) -> list[str]:
+    """Return the stages that were really computed."""
+    return sorted(call["arguments"][0] for call in project.calls())
+
+
+@pytest.fixture(scope="module")
+def first(sources: Project, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """The first checkout, and what it made with the cache switched on."""
+    project = sources.copy(tmp_path_factory.mktemp("first") / "checkout")
+    yield project, initialized(project, cache)
+
+
+def test_first_checkout_computes_and_stores(first: tuple[Project, dict], cache: Path) -> None:
+    """All four stages run; the cache holds calibration, allocation and initialisation."""
+    project, files = first
+    assert verbs(project) == sorted(["prepare", *CACHED])
+    assert set(files) == {"adapter_init.json", "adapter_config.json", "adapter_model.safetensors"}
+    stored = [path for path in cache.iterdir() if path.is_file()]
+    assert len(stored) == 2 + 1 + 3, [path.name for path in stored]
+
+
+def test_second_checkout_computes_none_of_them_again(
+    first: tuple[Project, dict], fresh: Project, cache: Path
+) -> None:
+    """Only the data, which is not cached, is prepared; the rest comes from the cache, and stays."""
+    files = initialized(fresh, cache)
+    assert verbs(fresh) == ["prepare"]
+    assert files == first[1]
+    jobs = {job.rule for job in fresh.dry()}
+    assert jobs.isdisjoint({"prepare", *CACHED}), "what came from the cache is made again"
+
+
+def test_changed_source_misses(first: tuple[Project, dict], fresh: Project, cache: Path) -> None:
+    """The package's files are inputs, so another subspace.py is another entry of the cache."""
+    fresh.append("tlora/subspace.py", "# changed\n")
+    initialized(fresh, cache)
+    assert "initialize" in verbs(fresh)
+
+
+def test_without_a_cache_folder_nothing_is_cached(checkout: Project) -> None:
+    """The default: results are plain files, and no run complains about a missing cache."""
+    output = checkout.snakemake("--dry-run")
+    assert "SNAKEMAKE_OUTPUT_CACHE" not in output
+    assert not [path for path in checkout.path("results").rglob("*") if path.is_symlink()]

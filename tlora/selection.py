@@ -1,0 +1,286 @@
+"""What a preset selects, checked, and the effective settings of its cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tlora import methods
+from tlora.artefact import sha256_file
+from tlora.config import (
+    Benchmark,
+    Document,
+    Hyperparameters,
+    Library,
+    Model,
+    Task,
+    library_of,
+    module_of,
+    nearest,
+    parse,
+    read_preset,
+    typed,
+)
+from tlora.errors import UserError
+from tlora.weights import fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table: a method, or one of the values that `vary` gives it."""
+
+    method: str
+    label: str
+    varied: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The method's name with the varied values."""
+        values = ",".join(f"{key}={value}" for key, value in self.varied.items())
+        return f"{self.method}({values})" if values else self.method
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """An effective value and the file and line it comes from."""
+
+    value: Any
+    source: str
+
+
+class Selection:
+    """The models, tasks, methods and benchmarks of a preset.
+
+    Parameters
+    ----------
+    files
+        The preset's YAML, or several laid over each other.
+    command_line
+        `--config key=value` pairs, which replace the preset's keys.
+
+    Raises
+    ------
+    UserError
+        For an unknown name or key, a wrong type, or a file that is missing.
+    """
+
+    def __init__(self, files: list[Path], command_line: Mapping[str, Any] | None = None) -> None:
+        self.preset, self.document = read_preset(files, command_line or {})
+        self.command_line = dict(command_line or {})
+        self.name = self.document.path.stem
+        self.library: Library = library_of(self.document.path)
+        self._check_lists()
+        self.models = {
+            name: self._model(name, index) for index, name in enumerate(self.preset.models)
+        }
+        self.tasks = {
+            name: self.library.task(name, self._asked("tasks", index))
+            for index, name in enumerate(self.preset.tasks)
+        }
+        self.methods = {
+            name: self.library.method(name, self._asked("methods", index))
+            for index, name in enumerate(self.preset.methods)
+        }
+        self.benchmarks = {
+            name: self.library.benchmark(name, f"{document.where(('benchmarks',))}: benchmarks")
+            for task, document in self.tasks.values()
+            for name in task.benchmarks
+        }
+        self._check_overrides()
+        self.rows = list(self._rows())
+
+    def _asked(self, key: str, index: int) -> str:
+        return f"{self.document.where((key, index))}: {key}"
+
+    def _check_lists(self) -> None:
+        for key in ("models", "tasks", "methods", "seeds"):
+            values = getattr(self.preset, key)
+            for index, value in enumerate(values):
+                if value in values[:index]:
+                    raise UserError(f"{self._asked(key, index)}: {value!r}: stands twice")
+        root = self.preset.data_root
+        if root is not None and not Path(root).is_dir():
+            where = self.document.where(("data_root",))
+            raise UserError(f"{where}: data_root: {root!r}: expected a folder that exists")
+
+    def _check_overrides(self) -> None:
+        known = {
+            "models": self.preset.models,
+            "tasks": self.preset.tasks,
+            "methods": self.preset.methods,
+            "benchmarks": list(self.benchmarks),
+        }
+        selections = [
+            (("overrides", index), override.model_dump(exclude={"set"}))
+            for index, override in enumerate(self.preset.overrides)
+        ] + [(("vary", index), entry) for index, entry in enumerate(self.preset.vary)]
+        for at, selection in selections:
+            for key in known:
+                for name in selection.get(key) or []:
+                    if name not in known[key]:
+                        where = self.document.where((*at, key))
+                        raise UserError(
+                            f"{where}: {key}: {name!r}: not in this preset; "
+                            f"{nearest(name, known[key])}"
+                        )
+
+    def _model(self, name: str, index: int) -> tuple[Model, Document, dict]:
+        model, document = self.library.model(name, self._asked("models", index))
+        identity = fingerprint(model.path, model.revision, document.where(("path",)))
+        identity |= {"dtype": model.dtype, "architecture": model.architecture}
+        return model, document, identity
+
+    def _rows(self) -> Iterator[Row]:
+        for name in self.preset.methods:
+            label = self.methods[name][0].label or name
+            entries = [
+                (index, entry)
+                for index, entry in enumerate(self.preset.vary)
+                if name in entry.get("methods", self.preset.methods)
+            ]
+            if not entries:
+                yield Row(name, label, {})
+            for index, entry in entries:
+                for key, values in entry.items():
+                    if key == "methods":
+                        continue
+                    if not isinstance(values, list):
+                        where = self.document.where(("vary", index, key))
+                        raise UserError(f"{where}: vary.{key}: {values!r}: expected a list")
+                    for value in values:
+                        yield Row(name, f"{label} ({key} = {value})", {key: value})
+
+    def settings(self, model: str, task: str, row: Row) -> dict[str, Setting]:
+        """Return every effective value of a cell with the file and line it comes from.
+
+        Precedence: task < method (with `hyperparameters: own`) < overrides < vary < set.
+        """
+        shared, document = self.tasks[task]
+        method, method_document = self.methods[row.method]
+        found: dict[str, Setting] = {}
+        for key in Hyperparameters.model_fields:
+            source = document.where((key,)) if key in document.values else "default"
+            found[key] = Setting(getattr(shared, key), source)
+        implementation = self._implementation(row.method)
+        kind = implementation.module.Options
+        options = typed(method_document, ("options",), kind, method.options)
+        for field in dataclasses.fields(options):
+            at = ("options", field.name)
+            source = method_document.where(at) if field.name in method.options else "default"
+            found[f"options.{field.name}"] = Setting(getattr(options, field.name), source)
+
+        layers: list[tuple[Mapping[str, Any], Document, tuple]] = []
+        if self.preset.hyperparameters == "own":
+            layers.append((method.training, method_document, ("training",)))
+        for index, override in enumerate(self.preset.overrides):
+            selected = (
+                override.benchmarks is None
+                and model in (override.models or [model])
+                and task in (override.tasks or [task])
+                and row.method in (override.methods or [row.method])
+            )
+            if selected:
+                layers.append((override.set, self.document, ("overrides", index, "set")))
+        layers.append((row.varied, self.document, ("vary",)))
+        layers.append((self.preset.set, self.document, ("set",)))
+        for values, origin, at in layers:
+            for key, value in values.items():
+                name = ".".join(map(str, (*at, key)))
+                if key.startswith("data."):
+                    continue
+                if key not in found:
+                    raise UserError(
+                        f"{origin.where((*at, key))}: {name}: {value!r}: unknown key; "
+                        f"{nearest(key, found)}"
+                    )
+                source = "command line" if "set" in self.command_line and at == ("set",) else None
+                found[key] = Setting(value, source or origin.where((*at, key)))
+        self._check_settings(found, document)
+        return found
+
+    def _check_settings(self, found: dict[str, Setting], document: Document) -> None:
+        """Check the values that layers brought in by the schema of their keys."""
+        for key, setting in found.items():
+            if key in Hyperparameters.model_fields:
+                values = {name: found[name].value for name in Hyperparameters.model_fields}
+                where = Document(Path(setting.source.rsplit(":", 1)[0]), values, {})
+                parse(where, Hyperparameters)
+
+    def _implementation(self, method: str) -> methods.Method:
+        config, document = self.methods[method]
+        module_of(document, "implementation", "methods", config.implementation)
+        return methods.load(config.implementation)
+
+    def _options(self, row: Row, settings: dict[str, Setting]) -> Any:
+        _, document = self.methods[row.method]
+        values = {
+            key.removeprefix("options."): setting.value
+            for key, setting in settings.items()
+            if key.startswith("options.")
+        }
+        module = self._implementation(row.method).module
+        return typed(document, ("options",), module.Options, values)
+
+    def _data(
+        self, kind: str, name: str, config: Task | Benchmark, document: Document, splits: list[str]
+    ) -> tuple[dict, dict]:
+        """Return a source's resolved options and the checksums of the local files it reads."""
+        module = module_of(document, "source", "tasks", config.source)
+        values = dict(config.data)
+        layers = [
+            override.set
+            for override in self.preset.overrides
+            if name in (getattr(override, kind) or ([name] if kind == "tasks" else []))
+            and (kind == "benchmarks" or override.benchmarks is None)
+        ]
+        for layer in (*layers, self.preset.set if kind == "tasks" else {}):
+            for key, value in layer.items():
+                if key.startswith("data."):
+                    values[key.removeprefix("data.")] = value
+        data = typed(document, ("data",), module.Data, values)
+        files: dict[str, str] = {}
+        root = None if self.preset.data_root is None else Path(self.preset.data_root)
+        for split in splits:
+            for label, path in module.sources(data, split, root).items():
+                if not Path(path).is_file():
+                    raise UserError(
+                        f"{document.where(('data',))}: data: {str(path)!r}: no such file"
+                    )
+                files[label] = _checksum(str(path), Path(path).stat().st_mtime_ns)
+        return dataclasses.asdict(data), files
+
+    def _benchmark(self, name: str) -> tuple[Benchmark, Document]:
+        """Return a benchmark with this preset's overrides."""
+        benchmark, document = self.benchmarks[name]
+        values: dict[str, Any] = {}
+        for index, override in enumerate(self.preset.overrides):
+            if name not in (override.benchmarks or []):
+                continue
+            for key, value in override.set.items():
+                if key in ("max_new_tokens", "limit", "stop"):
+                    values[key] = value
+                elif not key.startswith("data."):
+                    where = self.document.where(("overrides", index, "set", key))
+                    raise UserError(
+                        f"{where}: overrides.{index}.set.{key}: {value!r}: unknown key; "
+                        f"{nearest(key, ['max_new_tokens', 'limit', 'stop', 'data.*'])}"
+                    )
+        return parse(document, Benchmark, values) if values else benchmark, document
+
+    def _check_batch(self, model: Model, document: Document, batch: int) -> None:
+        micro = model.micro_batch
+        if micro is not None and batch % min(micro, batch):
+            valid = [size for size in range(1, batch + 1) if batch % size == 0]
+            near = sorted(sorted(valid, key=lambda size: abs(size - micro))[:2])
+            raise UserError(
+                f"{document.where(('micro_batch',))}: micro_batch: {micro}: expected a divisor of "
+                f"the batch size {batch}; nearest: {', '.join(map(str, near))}"
+            )
+
+
+@functools.lru_cache(maxsize=4096)
+def _checksum(path: str, _changed: int) -> str:
+    return sha256_file(Path(path))
