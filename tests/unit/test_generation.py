@@ -469,6 +469,19 @@ def test_bad_benchmarks_are_named(base: Path, monkeypatch: pytest.MonkeyPatch) -
         benchmark_records(SPEC["benchmark"], None)
 
 
+def test_a_run_without_its_export_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="export: 0123: the input is None"):
+        generate({**SPEC, "export": "0123"}, {}, tmp_path, place(base, tmp_path / "work"))
+
+
+def test_bfloat16_goes_through(base: Path, tmp_path: Path) -> None:
+    spec = {**SPEC, "model": {**SPEC["model"], "dtype": "bfloat16"}}
+    export, _ = export_adapter(base, tmp_path)
+    spec["export"] = "0123"
+    generate(spec, {"export": export}, tmp_path / "out", place(base, tmp_path / "work"))
+    assert len(lines(tmp_path / "out")) == 24
+
+
 # Exports
 
 

@@ -33,6 +33,9 @@ def generate(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, An
     """
     from tlora.generation.transformers import load
 
+    export = inputs.get("export")
+    if (spec["export"] is None) != (export is None):
+        raise UserError(f"export: {spec['export']}: the input is {export}: expected both or none")
     benchmark = spec["benchmark"]
     records = benchmark_records(benchmark, place.get("data_root"))
     texts = [render(spec["prompt"], record) for record in records]
@@ -49,7 +52,7 @@ def generate(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, An
     waiting = [prompt for prompt in prompts if prompt.id not in done]
     if waiting:
         _run(
-            lambda: load(spec["model"], inputs.get("export"), place, tokenizer),
+            lambda: load(spec["model"], export, place, tokenizer),
             waiting,
             benchmark,
             work,

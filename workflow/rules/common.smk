@@ -23,6 +23,13 @@ COMPARISON = PLAN.comparison
 CACHED = bool(os.environ.get("SNAKEMAKE_OUTPUT_CACHE"))
 
 
+# What every job of a cell is handed.
+ARGUMENTS = (
+    "--spec {params.spec:q} --place {params.place:q} "
+    "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+)
+
+
 def relative(path):
     """Return a path as seen from the working directory, where that is possible."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)

@@ -20,5 +20,4 @@ rule prepare:
     message:
         "prepare {wildcards.task} for {wildcards.model}"
     shell:
-        "tlora prepare --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora prepare {ARGUMENTS}"

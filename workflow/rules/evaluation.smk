@@ -20,8 +20,7 @@ rule generate:
     message:
         "generate {wildcards.benchmark} with {wildcards.method}"
     shell:
-        "tlora generate --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora generate {ARGUMENTS}"
 
 
 SCORE = pattern("score", "model", "task", "method", "benchmark")
@@ -50,5 +49,4 @@ rule score:
     message:
         "score {wildcards.benchmark} of {wildcards.method}"
     shell:
-        "tlora score --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora score {ARGUMENTS}"

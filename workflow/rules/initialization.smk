@@ -21,8 +21,7 @@ rule calibrate:
     message:
         "calibrate {wildcards.statistic} of {wildcards.model} on {wildcards.task}"
     shell:
-        "tlora calibrate --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora calibrate {ARGUMENTS}"
 
 
 ALLOCATE = pattern("allocate", "model", "task", "method")
@@ -47,8 +46,7 @@ rule allocate:
     message:
         "allocate ranks for {wildcards.method} on {wildcards.task}"
     shell:
-        "tlora allocate --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora allocate {ARGUMENTS}"
 
 
 INITIALIZE = pattern("initialize", "model", "task", "method")
@@ -77,5 +75,4 @@ rule initialize:
     message:
         "initialize {wildcards.method} on {wildcards.task}"
     shell:
-        "tlora initialize --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora initialize {ARGUMENTS}"

@@ -22,8 +22,7 @@ rule train:
     message:
         "train {wildcards.model} with {wildcards.method} on {wildcards.task}"
     shell:
-        "tlora train --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora train {ARGUMENTS}"
 
 
 EXPORT = pattern("export", "model", "task", "method")
@@ -49,5 +48,4 @@ rule export:
     message:
         "export {wildcards.method} on {wildcards.task}"
     shell:
-        "tlora export --spec {params.spec:q} --place {params.place:q} "
-        "--input {params.inputs:q} --out {params.out:q} --log {log:q}"
+        f"tlora export {ARGUMENTS}"
