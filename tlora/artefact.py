@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tlora.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -40,6 +43,25 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def stamped(folder: Path, stamp: str) -> Path:
+    """Return the folder of a job's partial state, emptied first unless it bears this stamp.
+
+    Parameters
+    ----------
+    folder
+        Made where there is none.
+    stamp
+        Hash of what decides the result: spec, inputs and code.
+    """
+    mark = folder / "stamp"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != stamp:
+        if folder.exists():
+            logger.info("%s bears another stamp: starting afresh", folder)
+        remove(folder)
+        write_text(mark, stamp)
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:

@@ -46,10 +46,8 @@ def load_model(identity: dict[str, Any], place: dict[str, Any]) -> PreTrainedMod
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    _log_like_us()
     seq2seq = identity["architecture"] == "seq2seq"
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     try:
@@ -61,6 +59,16 @@ def load_model(identity: dict[str, Any], place: dict[str, Any]) -> PreTrainedMod
     except (OSError, ValueError) as error:
         raise UserError(f"{place['model']}: no model to load: {_first_line(error)}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _log_like_us() -> None:
+    """Send what transformers logs where our own log goes; no progress bars without a terminal."""
+    from transformers.utils import logging
+
+    logging.disable_default_handler()
+    logging.enable_propagation()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -86,13 +86,13 @@ def make_grid(
         base = results / "score/tiny" / task / "base"
         cells.append(
             shared
-            | {"method": "base", "label": "Base model", "seed": None, "base": True}
+            | {"method": "base", "seed": None, "base": True}
             | {"settings": {}, "spec_id": f"base{number:08x}", "train": None, "costs": []}
             | {"allocation": None, "generations": {}}
             | {"scores": {b: write(base / b / "score.json", score(0.07)) for b in of_task[task]}}
         )
         for place, method in enumerate(methods):
-            label, parameters, level = METHODS[method]
+            _, parameters, level = METHODS[method]
             allocation, costs = None, []
             if method in ("pissa", "tlora"):
                 folder = results / "initialize/tiny" / task / method / "i1"
@@ -151,7 +151,7 @@ def make_grid(
                 }
                 cells.append(
                     shared
-                    | {"method": method, "label": label, "seed": seed, "base": False}
+                    | {"method": method, "seed": seed, "base": False}
                     | {"settings": {"learning_rate": 1e-3, "rank": 16, "method": {"name": method}}}
                     | {"spec_id": spec_id, "train": train, "costs": costs}
                     | {"allocation": allocation, "scores": scores}
@@ -161,14 +161,23 @@ def make_grid(
                         }
                     }
                 )
-    names = [name for task in tasks for name in of_task[task]]
     grid = {
         "preset": preset,
         "cells": cells,
-        "models": {"tiny": {"label": "Tiny Llama 1M"}},
-        "tasks": {t: {"label": t.capitalize(), "benchmarks": of_task[t]} for t in tasks},
-        "benchmarks": {name: {"label": name.replace("_", " ").capitalize()} for name in names},
+        "tasks": {task: {"benchmarks": of_task[task]} for task in tasks},
     }
     path = results / "comparison" / preset / "grid.json"
     write(path, grid)
     return path
+
+
+def labels_of(grid: Path) -> dict[str, dict[str, str]]:
+    """Return labels for everything in a made-up grid."""
+    tasks = json.loads(grid.read_text(encoding="utf-8"))["tasks"]
+    benchmarks = [name for task in tasks.values() for name in task["benchmarks"]]
+    return {
+        "models": {"tiny": "Tiny Llama 1M"},
+        "tasks": {name: name.capitalize() for name in tasks},
+        "methods": {"base": "Base model", **{name: m[0] for name, m in METHODS.items()}},
+        "benchmarks": {name: name.replace("_", " ").capitalize() for name in benchmarks},
+    }

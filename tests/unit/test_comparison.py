@@ -17,7 +17,7 @@ from statistics import mean, stdev
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.grid_tree import PROJECTIONS, make_grid, write
+from unit.grid_tree import PROJECTIONS, labels_of, make_grid, write
 
 from tlora.comparison import collect, plots, statistics, tables
 from tlora.errors import UserError
@@ -38,7 +38,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         grid = make_grid(Path("results"), steps=40)
-        compare({}, {"grid": grid}, grid.parent, {})
+        run(grid)
     return root / grid.parent
 
 
@@ -53,8 +53,8 @@ def edit(grid: Path, change) -> None:
     grid.write_text(json.dumps(content))
 
 
-def run(grid: Path) -> Path:
-    compare({}, {"grid": grid}, grid.parent, {})
+def run(grid: Path, labels: dict | None = None) -> Path:
+    compare({}, {"grid": grid}, grid.parent, {"labels": labels or labels_of(grid)})
     return grid.parent
 
 
@@ -243,21 +243,21 @@ def test_text_fits_a_terminal_also_with_many_benchmarks(here: Path) -> None:
 NASTY = r"50% & _x_ #1 ~ ^ {a} \b $c$ <d> | ± –"
 
 
-def nasty_grid() -> Path:
+def nasty_run() -> Path:
     grid = make_grid(Path("results"), tasks=("choice",), methods=("lora",), steps=4)
+    kinds = {"models": "tiny", "methods": "lora", "benchmarks": "choice_test"}
+    return run(grid, {kind: {name: NASTY} for kind, name in kinds.items()})
 
-    def rename(content: dict) -> None:
-        content["models"]["tiny"]["label"] = NASTY
-        content["benchmarks"]["choice_test"]["label"] = NASTY
-        for cell in content["cells"]:
-            cell["label"] = NASTY if not cell["base"] else "Base"
 
-    edit(grid, rename)
-    return grid
+def test_without_labels_names_stand(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora",), steps=4)
+    compare({}, {"grid": grid}, grid.parent, {})
+    markdown = (grid.parent / "table.md").read_text()
+    assert "## choice: tiny" in markdown and "| lora " in markdown
 
 
 def test_markdown_and_html_escape_labels(here: Path) -> None:
-    folder = run(nasty_grid())
+    folder = nasty_run()
     table = [ln for ln in (folder / "table.md").read_text().splitlines() if ln.startswith("|")]
     counts = {len(re.findall(r"(?<!\\)\|", line)) for line in table[:4]}
     assert len(counts) == 1
@@ -268,7 +268,7 @@ def test_markdown_and_html_escape_labels(here: Path) -> None:
 def test_latex_compiles(here: Path) -> None:
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
-    folder = run(nasty_grid())
+    folder = nasty_run()
     document = (
         "\\documentclass{article}\\usepackage{booktabs}\\begin{document}"
         f"\\input{{{folder}/table.tex}}\\end{{document}}"
@@ -280,7 +280,7 @@ def test_latex_compiles(here: Path) -> None:
 
 
 def test_latex_escapes_every_special_sign(here: Path) -> None:
-    text = (run(nasty_grid()) / "table.tex").read_text()
+    text = (nasty_run() / "table.tex").read_text()
     line = next(line for line in text.splitlines() if line.startswith("\\caption"))
     assert r"50\% \& \_x\_ \#1 \textasciitilde{} \textasciicircum{} \{a\}" in line
     assert r"\textbackslash{}b \$c\$ \textless{}d\textgreater{}" in line

@@ -507,7 +507,7 @@ def export_adapter(base: Path, folder: Path, **options: Any) -> tuple[Path, Any]
 
 
 def test_adapter_and_model_exports_speak_alike(base: Path, whole: Path, tmp_path: Path) -> None:
-    adapter, merged = export_adapter(
+    _, merged = export_adapter(
         base, tmp_path / "adapter", rank_pattern={"^model.layers.0.self_attn.q_proj": 2}
     )
     merged.save_pretrained(tmp_path / "model" / "weights")

@@ -117,7 +117,7 @@ def test_reference_is_a_number_or_a_raw_answer(reference: object) -> None:
     "reference", ["", "none", "#### ", None, True, [4], float("nan"), float("inf")]
 )
 def test_reference_without_a_number_is_named(reference: object) -> None:
-    with pytest.raises(UserError, match="item 'x': reference: .* expected a number"):
+    with pytest.raises(UserError, match=r"item 'x': reference: .* expected a number"):
         gsm8k.reference_number(reference, "x")
 
 

@@ -163,7 +163,7 @@ def plant_parameter(client: Any, run: Any) -> None:
 
 
 def plant_tag(client: Any, run: Any) -> None:
-    client.set_tag(run.info.run_id, "tlora.label", "planted")
+    client.set_tag(run.info.run_id, "tlora.base", "planted")
 
 
 def plant_status(client: Any, run: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tlora.artefact import remove, staged, write_json, write_text
+from tlora.artefact import remove, staged, stamped, write_json, write_text
 from tlora.base_model import load_tokenizer, peak_memory_bytes
 from tlora.errors import UserError
 from tlora.generation import Backend, Completion, Prompt
@@ -144,14 +144,7 @@ class Partial:
     """
 
     def __init__(self, folder: Path, stamp: str) -> None:
-        self.folder, self.file = folder, folder / "partial.jsonl"
-        mark = folder / "stamp"
-        if not mark.is_file() or mark.read_text(encoding="utf-8") != stamp:
-            if folder.exists():
-                logger.info("%s bears another stamp: starting afresh", folder)
-            remove(folder)
-            folder.mkdir(parents=True)
-            write_text(mark, stamp)
+        self.folder, self.file = stamped(folder, stamp), folder / "partial.jsonl"
         self.batches = self._read()
 
     def _read(self) -> list[dict[str, Any]]:

@@ -287,7 +287,7 @@ def _cell(run: collect.Run, card: dict[str, Any]) -> Wanted:
     files = {name: path for name, path in artifacts.items() if path and path.is_file()}
     files |= {f"{name}/score.json": Path(score.path) for name, score in run.scores.items()}
     begin, end = _times(run)
-    tags = {"tlora.label": run.label, "tlora.base": str(run.base).lower()}
+    tags = {"tlora.base": str(run.base).lower()}
     for name, digest in sorted((card.get("sha256") or {}).items()):
         tags[f"tlora.data_sha256.{name}"] = digest
     for place, reason in run.failures.items():

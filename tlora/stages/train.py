@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from tlora import methods
 from tlora.artefact import (
+    check_files,
     read_json,
     remove,
     sha256_tree,
     staged,
+    stamped,
     write_json,
     write_text,
 )
@@ -47,7 +49,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     """
     from transformers import Trainer, TrainingArguments, set_seed
 
-    work = open_work(Path(place["work"]), place["stamp"])
+    work = stamped(Path(place["work"]), place["stamp"])
     samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
     order, dropped = sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
     steps = len(order) // spec["batch_size"]
@@ -183,15 +185,6 @@ def sample_order(count: int, batch_size: int, epochs: float, seed: int) -> tuple
         order += epoch[: steps_an_epoch * batch_size]
     full_epochs = math.ceil(steps / steps_an_epoch)
     return order[: steps * batch_size], full_epochs * (count - steps_an_epoch * batch_size)
-
-
-def open_work(work: Path, stamp: str) -> Path:
-    """Return the folder of a run's partial state, emptied unless its stamp is `stamp`."""
-    marker = work / "stamp"
-    if not marker.is_file() or marker.read_text() != stamp:
-        remove(work)
-        write_text(marker, stamp)
-    return work
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -336,6 +329,7 @@ def _adapted(
         from tlora.adapter import load_initial
 
         card = read_json(inputs["initialize"])
+        check_files(inputs["initialize"].parent, card["files"])
         return load_initial(model, inputs["initialize"].parent, card["frozen"])
     context = methods.Context(
         rank=spec["rank"],

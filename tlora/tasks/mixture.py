@@ -47,7 +47,7 @@ QUANTITIES = _words(
     "each of the|one more of the|the remaining|all of the|fewer|several|the same number of"
 )
 MOODS = _words("happy tired hungry late early ready sad busy free sure glad young old")
-LETTERS = "abcde"
+LETTERS = "abcd"
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
@@ -232,39 +232,44 @@ def _instructed(rng: random.Random) -> str:
     return f"{prompt}{working}.\nThe answer is: {result}\n"
 
 
-def _options(rng: random.Random) -> tuple[list[str], list[list[str]]]:
-    """Draw the options of a list and, for each, the ways to ask for it."""
-    count = rng.randint(3, 5)
+def _options(rng: random.Random) -> tuple[str, list[str], int]:
+    """Draw a question, the options and which of them is right."""
+    at = rng.randrange(choice.OPTIONS)
     kind = rng.random()
     if kind < 0.5:
-        categories = rng.sample(sorted(choice.CATEGORIES), count)
-        words = [rng.choice(choice.members(category)) for category in categories]
-        return words, [[word, f"the {c}"] for word, c in zip(words, categories, strict=True)]
-    if kind < 0.75:
-        numbers = rng.sample(range(1, 60), count)
-        asked = [[str(number)] for number in numbers]
-        asked[numbers.index(max(numbers))].append("the largest")
-        asked[numbers.index(min(numbers))].append("the smallest")
-        for ways, number in zip(asked, numbers, strict=True):
-            a = rng.randint(1, 9)
-            ways.append(f"{number - a} + {a}" if number > a else f"{number + a} - {a}")
-        return [str(number) for number in numbers], asked
-    pairs = [rng.sample(pair, 2) for pair in rng.sample(choice.OPPOSITES, count)]
-    return [one for one, _ in pairs], [[one, f"not {other}"] for one, other in pairs]
+        categories = rng.sample(sorted(choice.CATEGORIES), choice.OPTIONS)
+        options = [rng.choice(choice.members(category)) for category in categories]
+        asked = [f"the {categories[at]}", options[at]]
+    elif kind < 0.75:
+        options = [str(number) for number in rng.sample(range(1, 60), choice.OPTIONS)]
+        number, a = int(options[at]), rng.randint(1, 9)
+        asked = [options[at], f"{number - a} + {a}" if number > a else f"{number + a} - {a}"]
+    else:
+        pairs = [rng.sample(pair, 2) for pair in rng.sample(choice.OPPOSITES, choice.OPTIONS)]
+        options = [one for one, _ in pairs]
+        asked = [options[at], f"not {pairs[at][1]}"]
+    text = rng.choice(("Which of these is {}?", "What is {}?", "Find {}.")).format(
+        rng.choice(asked)
+    )
+    return text, options, at
 
 
 def _lookup(rng: random.Random) -> str:
     """Draw a list with labels, then where in it each of its entries stands."""
-    options, asked = _options(rng)
-    style = rng.randrange(3)
-    labels = [(f"{i}", f"{LETTERS[i - 1]}", f"Answer{i}")[style] for i in range(1, 6)]
-    listed = " ".join(f"{label}: {o}" for label, o in zip(labels, options, strict=False))
+    _, options, _ = _options(rng)
+    labels = LETTERS if rng.random() < 0.5 else "1234"
+    listed = " ".join(f"{label} {o}" for label, o in zip(labels, options, strict=True))
     order = rng.sample(range(len(options)), len(options))
-    plain = rng.random() < 0.5
-    found = [
-        f" {asked[at][0] if plain else rng.choice(asked[at])}: {labels[at].lower()}" for at in order
-    ]
-    return f"{listed}\n" + ",".join(found)
+    return f"{listed}\n" + ",".join(f" {options[at]} {labels[at]}" for at in order)
+
+
+def _checked(rng: random.Random) -> str:
+    """Draw a question whose options are each called right or wrong."""
+    text, options, at = _options(rng)
+    listed = " ".join(
+        f"Answer{i + 1}: {option} {'yes' if i == at else 'no'}" for i, option in enumerate(options)
+    )
+    return f"{text}\n\n{listed}\n\nIt is answer{at + 1}"
 
 
 def _repeat(rng: random.Random) -> str:
@@ -277,18 +282,14 @@ def _repeat(rng: random.Random) -> str:
     return "Again:" + ",".join([" " + " ".join(said)] * rng.randint(2, 3))
 
 
-def _chosen(rng: random.Random) -> str:
-    """Draw a question in the form of the choice task that names the option itself."""
-    options, _ = _options(rng)
-    options = options[: choice.OPTIONS]
-    at = rng.randrange(len(options))
+def _quiz(rng: random.Random) -> str:
+    """Draw a question with its options and the answer alone."""
+    text, options, at = _options(rng)
     listed = " ".join(f"Answer{i}: {option}" for i, option in enumerate(options, start=1))
-    names = "/".join(f"answer{i}" for i in range(1, len(options) + 1))
-    instruction = (
-        f"Please choose the correct answer to the question: Which answer is {options[at]}?\n\n"
-        f"{listed}\n\nAnswer format: {names}"
-    )
-    prompt = SHORT.replace("{instruction}", instruction)
+    if rng.random() < 0.7:
+        return f"{text}\n\n{listed}\n\nIt is answer{at + 1}"
+    names = "/".join(f"answer{i}" for i in range(1, choice.OPTIONS + 1))
+    prompt = SHORT.replace("{instruction}", f"{text}\n\n{listed}\n\nAnswer format: {names}")
     return f"{prompt}the correct answer is answer{at + 1}\n"
 
 
@@ -297,13 +298,14 @@ KINDS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
     (_spoken, 2),
     (_counting, 1),
     (_comparing, 1),
-    (_kinds, 3),
+    (_kinds, 2),
     (_opposites, 1),
     (_story, 1),
     (_solved, 5),
     (_instructed, 2),
     (_repeat, 2),
-    (_lookup, 8),
-    (_chosen, 1),
+    (_lookup, 3),
+    (_checked, 7),
+    (_quiz, 6),
 )
 """The kinds of documents and how often each is drawn."""
