@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tlora.adapter import build_adapter, fold_scaling, freeze_a, get_tlora_model
+    from tlora.adapter import build_adapter, fold_scaling, freeze_a
     from tlora.allocation import Allocation, allocate
+    from tlora.model import get_tlora_model
     from tlora.sensitivity import sensitivity
     from tlora.subspace import input_subspaces
 
@@ -36,7 +37,7 @@ _HOMES = {
     "build_adapter": "adapter",
     "fold_scaling": "adapter",
     "freeze_a": "adapter",
-    "get_tlora_model": "adapter",
+    "get_tlora_model": "model",
     "input_subspaces": "subspace",
     "sensitivity": "sensitivity",
 }

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.allocation import Allocation, allocate
 from tlora.artefact import staged
 from tlora.errors import UserError
 from tlora.modules import ALL_LINEAR, find_layers, is_conv1d, module_shapes, read_samples
@@ -26,86 +25,19 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch import Tensor, nn
 
+    from tlora.allocation import Allocation
+
 __all__ = [
     "build_adapter",
     "export_adapter",
     "fold_scaling",
     "freeze_a",
     "frozen_names",
-    "get_tlora_model",
     "load_initial",
     "save_initial",
 ]
 
 _ADAPTER = "default"
-
-
-def get_tlora_model(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    r: int = 32,
-    lora_alpha: float | None = None,
-    target_modules: str | Iterable[str] = ALL_LINEAR,
-    *,
-    calibration_samples: int | None = None,
-    variant: str = "paper",
-    algorithm: str = "sketch",
-    center: bool | None = None,
-    freeze_a: bool | None = None,
-    seed: int = 0,
-    passes: int = 1,
-) -> PeftModel:
-    """Return the model with a TLoRA adapter, ready for any trainer that takes PEFT models.
-
-    Sensitivity, allocation, subspaces and adapter in one call; its outputs equal the base
-    model's until B is trained.
-
-    Parameters
-    ----------
-    model
-        A causal or encoder-decoder model whose targets are `nn.Linear` or `Conv1D`.
-    batches
-        Calibration samples: dicts of `input_ids`, `attention_mask`, `labels`, each (samples,
-        tokens). Read once and kept, so that every pass sees the same samples.
-    r, lora_alpha
-        Mean rank and alpha, as for LoRA; alpha is r where not given.
-    target_modules
-        "all-linear", a regular expression, or a list of names, as in PEFT.
-    calibration_samples
-        How many samples to read at most (the paper has 32); None reads all.
-    variant
-        "paper" or "released": how ranks and scalings are allocated.
-    algorithm, seed, passes
-        As in `input_subspaces`.
-    center, freeze_a
-        None follows the variant: "paper" does not center and freezes A, "released" the reverse.
-
-    Raises
-    ------
-    UserError
-        As `sensitivity`, `allocate` and `input_subspaces`.
-    """
-    from tlora.sensitivity import sensitivity
-    from tlora.subspace import input_subspaces
-
-    released = variant == "released"
-    samples = read_samples(batches, calibration_samples)
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    shapes = module_shapes(model, targets)
-    scores = sensitivity(model, samples, targets)
-    allocation = allocate(scores, r, r if lora_alpha is None else lora_alpha, shapes, variant)
-    subspaces = input_subspaces(
-        model,
-        samples,
-        allocation.ranks,
-        algorithm=algorithm,
-        center=released if center is None else center,
-        seed=seed,
-        passes=passes,
-    )
-    return build_adapter(
-        model, allocation, subspaces, freeze_a=not released if freeze_a is None else freeze_a
-    )
 
 
 def build_adapter(

@@ -30,10 +30,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tlora.allocation import Allocation
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Context:
     seed
         The run's seed where `adapt` runs at the start of training, the calibration seed otherwise.
     allocation
-        Rank and scaling per module, where the method allocates.
+        The file with rank and scaling per module, where the method allocates.
     statistics
         The main file of every calibration statistic asked for.
     batches
@@ -58,7 +55,7 @@ class Context:
     lora_alpha: float
     target_modules: str | list[str]
     seed: int
-    allocation: Allocation | None = None
+    allocation: Path | None = None
     statistics: dict[str, Path] = field(default_factory=dict)
     batches: Callable[[], Iterable[dict[str, Any]]] | None = None
 

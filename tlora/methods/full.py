@@ -35,5 +35,6 @@ def export(trained: Path, initial: Path | None, out: Path, options: Options) -> 
         except OSError:
             shutil.copyfile(source, target)
 
-    shutil.copytree(trained, out, copy_function=link)
+    # the workflow's own marks in the folder are no part of the model
+    shutil.copytree(trained, out, copy_function=link, ignore=shutil.ignore_patterns(".*"))
     return "model"

@@ -67,13 +67,16 @@ def reads_batches(options: Options) -> bool:
 def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
     """Compute the subspaces and put the adapter on the model."""
     from tlora.adapter import build_adapter
+    from tlora.allocation import Allocation
+    from tlora.artefact import read_json
     from tlora.subspace import input_subspaces, subspaces_from_file
 
-    ranks = {name: module.rank for name, module in context.allocation.items() if module.rank > 0}
+    allocated = Allocation.from_json(read_json(context.allocation))
+    ranks = {name: module.rank for name, module in allocated.items() if module.rank > 0}
     if options.algorithm == "exact":
         subspaces = subspaces_from_file(model, context.statistics["covariance"], ranks)
     else:
         subspaces = input_subspaces(
             model, context.batches(), ranks, center=options.center, seed=context.seed
         )
-    return build_adapter(model, context.allocation, subspaces, freeze_a=options.freeze_a)
+    return build_adapter(model, allocated, subspaces, freeze_a=options.freeze_a)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.artefact import sha256_file, staged, write_json
-from tlora.base_model import load_model, load_tokenizer, peak_memory_bytes
-from tlora.tasks.tokenised import calibration_batches
+from tlora.base_model import load_model, peak_memory_bytes
+from tlora.calibration import calibration_sample
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -44,16 +43,6 @@ def calibrate(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, A
     }
     logger.info("calibrated %s in %.1f s", spec["statistic"], card["seconds"])
     write_json(out / "calibration.json", card)
-
-
-def calibration_sample(
-    spec: dict, prepared: Path, model: PreTrainedModel, place: dict[str, Any]
-) -> list[dict[str, torch.Tensor]]:
-    """Return the calibration samples of a spec, one a batch, on the model's device."""
-    tokenizer = load_tokenizer(place)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    path = prepared.parent / "train.parquet"
-    return list(calibration_batches(path, spec["samples"], spec["seed"], pad, model.device))
 
 
 def target_shapes(model: PreTrainedModel, spec: dict) -> dict[str, tuple[int, int]]:

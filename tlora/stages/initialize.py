@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tlora import methods
-from tlora.artefact import read_json, sha256_file, write_json
+from tlora.artefact import sha256_file, write_json
 from tlora.base_model import load_model, peak_memory_bytes
+from tlora.calibration import calibration_sample
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,6 @@ def initialize(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, 
     import torch
 
     from tlora.adapter import save_initial
-    from tlora.allocation import Allocation
-    from tlora.stages.calibrate import calibration_sample
 
     started = time.perf_counter()
     method = methods.load(spec["implementation"])
@@ -32,9 +31,7 @@ def initialize(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, 
         lora_alpha=spec["lora_alpha"],
         target_modules=spec["target_modules"],
         seed=spec["seed"] or 0,
-        allocation=(
-            Allocation.from_json(read_json(inputs["allocate"])) if "allocate" in inputs else None
-        ),
+        allocation=inputs.get("allocate"),
         statistics={name: inputs[name] for name in spec["statistics"] if name in inputs},
         batches=(
             functools.partial(calibration_sample, spec, inputs["prepare"], model, place)

@@ -25,9 +25,10 @@ rule compare:
         ledger=COMPARISON / "ledger.csv",
         plots=report(
             directory(COMPARISON / "plots"),
-            patterns=["{task}/{name}.png"],
+            patterns=["{task}/{picture}__{model}__{method}.png"],
             category="{task}",
-            subcategory="plots",
+            subcategory="{method}",
+            labels={"picture": "{picture}", "model": "{model}"},
             caption="../report/plot.rst",
         ),
     log:

@@ -35,6 +35,7 @@ rule score:
             f"{SCORE}/score.json",
             category="{task}",
             subcategory="{method}",
+            labels={"score": "{benchmark}", "model": "{model}", "id": "{id}"},
             caption="../report/score.rst",
         ),
     log:
