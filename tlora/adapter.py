@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlora.artefact import staged
 from tlora.errors import UserError
-from tlora.modules import ALL_LINEAR, find_layers, is_conv1d, module_shapes, read_samples
+from tlora.modules import find_layers, is_conv1d
 from tlora.peft_folder import (
     CONFIG,
     WEIGHTS,

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except UserError as error:
-        logging.getLogger("tlora").error("%s", error)
+        if log is not None:
+            logging.getLogger("tlora").error("%s", error)
         print(f"tlora: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -154,11 +155,23 @@ def _stamp(stage: str, spec: dict, inputs: dict[str, Path]) -> str:
 
 
 def _score_file(options: argparse.Namespace) -> None:
-    from tlora.stages.score import score_file
+    """Score any file of completions by a benchmark of config/, or by a scorer."""
+    from tlora.stages.score import names, score_file
 
     if options.generations is None:
         raise UserError("score: generations: expected a file of JSON lines")
-    score_file(options.benchmark, options.generations, options.out)
+    implementation = options.benchmark
+    if implementation not in names():
+        from tlora.config import Library
+
+        benchmark, _ = Library(Path("config")).benchmark(implementation, "score")
+        implementation = benchmark.implementation
+    result = score_file(implementation, options.generations, options.out)
+    metrics = ", ".join(f"{name} {value:.2%}" for name, value in result["metrics"].items())
+    print(
+        f"{options.benchmark}: {metrics}; n = {result['n']}, "
+        f"{result['unextracted']} without an answer; verdicts in {options.out}"
+    )
 
 
 def _plan(options: argparse.Namespace, files: list[Path] | None = None) -> Any:

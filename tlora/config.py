@@ -137,31 +137,48 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A parsed YAML file: its values, and the line of every key."""
+    """A parsed YAML file: its values, and `file:line` of every key."""
 
     path: Path
     values: dict[str, Any]
-    lines: Mapping[tuple[str | int, ...], int]
+    places: Mapping[tuple[str | int, ...], str]
 
     def where(self, key: Iterable[str | int] = ()) -> str:
         """Return `file:line` of a key, or of the nearest key above it."""
         at = tuple(key)
-        while at and at not in self.lines:
+        while at and at not in self.places:
             at = at[:-1]
-        return f"{self.path}:{self.lines[at]}" if at else str(self.path)
+        return self.places[at] if at else str(self.path)
+
+    def placed(self, origins: Mapping[tuple[str | int, ...], str]) -> Document:
+        """Return the document with some keys, and all below them, said to come from elsewhere."""
+        kept = {
+            at: place
+            for at, place in self.places.items()
+            if not any(at[: len(key)] == key for key in origins)
+        }
+        return dataclasses.replace(self, places={**kept, **origins})
 
 
-def _lines(node: yaml.Node, at: tuple = ()) -> dict[tuple, int]:
-    found: dict[tuple, int] = {}
+def _places(path: Path, node: yaml.Node, at: tuple = ()) -> dict[tuple, str]:
+    found: dict[tuple, str] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found[(*at, key.value)] = key.start_mark.line + 1
-            found |= _lines(value, (*at, key.value))
+            found[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"
+            found |= _places(path, value, (*at, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            found[(*at, index)] = value.start_mark.line + 1
-            found |= _lines(value, (*at, index))
+            found[(*at, index)] = f"{path}:{value.start_mark.line + 1}"
+            found |= _places(path, value, (*at, index))
     return found
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path as seen from the working directory, where it lies below that."""
+    try:
+        return path.absolute().relative_to(Path.cwd())
+    except ValueError:
+        return path
 
 
 def read_yaml(path: Path) -> Document:
@@ -190,7 +207,7 @@ def _read_yaml(path: Path, _changed: int) -> Document:
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {values!r}")
-    return Document(path, values, _lines(node) if node is not None else {})
+    return Document(path, values, _places(path, node) if node is not None else {})
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -245,7 +262,7 @@ def parse(document: Document, schema: type[Strict], extra: Mapping[str, Any] | N
     schema
         One of the models above.
     extra
-        Values that replace top-level keys of the file (the command line's).
+        Values that replace top-level keys of the file.
     """
     try:
         return schema.model_validate({**document.values, **(extra or {})})
@@ -365,8 +382,8 @@ class Library:
                 raise UserError(f"{at}: extends: {method.extends!r}: extends another one itself")
             merged = merge(parent_document.values, document.values)
             merged.pop("extends")
-            lines = {**dict.fromkeys(parent_document.lines, 1), **document.lines}
-            document = Document(document.path, merged, lines)
+            places = {**parent_document.places, **document.places}
+            document = Document(document.path, merged, places)
             method = parse(document, Method)
         if method.implementation is None:
             raise UserError(f"{document.path}: implementation: this key (or extends) is required")
@@ -387,10 +404,7 @@ def library_of(preset: Path) -> Library:
     """Return the configuration folder of a preset: the nearest one above it with `methods/`."""
     for folder in Path(preset).absolute().parents:
         if (folder / "methods").is_dir() and (folder / "tasks").is_dir():
-            try:
-                return Library(folder.relative_to(Path.cwd()))
-            except ValueError:
-                return Library(folder)
+            return Library(_from_here(folder))
     raise UserError(f"{preset}: no folder above it holds methods/ and tasks/")
 
 
@@ -404,14 +418,28 @@ def read_preset(files: list[Path], command_line: Mapping[str, Any]) -> tuple[Pre
     command_line
         `--config key=value` pairs.
     """
-    documents = [read_yaml(Path(path)) for path in files]
+    documents = [read_yaml(_from_here(Path(path))) for path in files]
     values: dict[str, Any] = {}
-    lines: dict[tuple, int] = {}
+    places: dict[tuple, str] = {}
     for document in documents:
         values = merge(values, document.values)
-        lines |= document.lines
-    document = Document(documents[-1].path, values, lines)
-    return parse(document, Preset, command_line), document
+        places |= document.places
+    values |= {key: _parsed(value) for key, value in command_line.items()}
+    document = Document(documents[-1].path, values, places)
+    document = document.placed({(key,): "--config" for key in command_line})
+    return parse(document, Preset), document
+
+
+def _parsed(value: Any, inner: bool = False) -> Any:
+    """Read the text inside lists and mappings as YAML, which snakemake's `--config` does not."""
+    if isinstance(value, list):
+        return [_parsed(one, True) for one in value]
+    if isinstance(value, dict):
+        return {key: _parsed(one, True) for key, one in value.items()}
+    if inner and isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(value)
+    return value
 
 
 def command_line(pairs: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,8 @@
-"""The method in one call. It has a module of its own so that loading an adapter does not depend on
-how ranks are allocated: a change there reruns no run of another method."""
+"""The method in one call.
+
+Apart from `tlora.adapter`, which every run loads and which must not depend on how ranks are
+allocated.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,6 @@ class Selection:
 
     def __init__(self, files: list[Path], command_line: Mapping[str, Any] | None = None) -> None:
         self.preset, self.document = read_preset(files, command_line or {})
-        self.command_line = dict(command_line or {})
         self.name = self.document.path.stem
         self.library: Library = library_of(self.document.path)
         self._check_lists()
@@ -196,18 +195,13 @@ class Selection:
                         f"{origin.where((*at, key))}: {name}: {value!r}: unknown key; "
                         f"{nearest(key, found)}"
                     )
-                source = "command line" if "set" in self.command_line and at == ("set",) else None
-                found[key] = Setting(value, source or origin.where((*at, key)))
-        self._check_settings(found, document)
+                found[key] = Setting(value, origin.where((*at, key)))
+        # What the layers brought in is checked by the schema of its keys.
+        shared_keys = {key: found[key] for key in Hyperparameters.model_fields}
+        origins = {(key,): setting.source for key, setting in shared_keys.items()}
+        values = {key: setting.value for key, setting in shared_keys.items()}
+        parse(Document(document.path, values, {}).placed(origins), Hyperparameters)
         return found
-
-    def _check_settings(self, found: dict[str, Setting], document: Document) -> None:
-        """Check the values that layers brought in by the schema of their keys."""
-        for key, setting in found.items():
-            if key in Hyperparameters.model_fields:
-                values = {name: found[name].value for name in Hyperparameters.model_fields}
-                where = Document(Path(setting.source.rsplit(":", 1)[0]), values, {})
-                parse(where, Hyperparameters)
 
     def _implementation(self, method: str) -> methods.Method:
         config, document = self.methods[method]
@@ -216,13 +210,15 @@ class Selection:
 
     def _options(self, row: Row, settings: dict[str, Setting]) -> Any:
         _, document = self.methods[row.method]
-        values = {
-            key.removeprefix("options."): setting.value
+        options = {
+            key.removeprefix("options."): setting
             for key, setting in settings.items()
             if key.startswith("options.")
         }
+        values = {key: setting.value for key, setting in options.items()}
+        origins = {("options", key): setting.source for key, setting in options.items()}
         module = self._implementation(row.method).module
-        return typed(document, ("options",), module.Options, values)
+        return typed(document.placed(origins), ("options",), module.Options, values)
 
     def _data(
         self, kind: str, name: str, config: Task | Benchmark, document: Document, splits: list[str]
@@ -230,17 +226,22 @@ class Selection:
         """Return a source's resolved options and the checksums of the local files it reads."""
         module = module_of(document, "source", "tasks", config.source)
         values = dict(config.data)
-        layers = [
-            override.set
-            for override in self.preset.overrides
+        layers: list[tuple[Mapping[str, Any], tuple]] = [
+            (override.set, ("overrides", index, "set"))
+            for index, override in enumerate(self.preset.overrides)
             if name in (getattr(override, kind) or ([name] if kind == "tasks" else []))
             and (kind == "benchmarks" or override.benchmarks is None)
         ]
-        for layer in (*layers, self.preset.set if kind == "tasks" else {}):
+        if kind == "tasks":
+            layers.append((self.preset.set, ("set",)))
+        origins: dict[tuple[str | int, ...], str] = {}
+        for layer, at in layers:
             for key, value in layer.items():
                 if key.startswith("data."):
-                    values[key.removeprefix("data.")] = value
-        data = typed(document, ("data",), module.Data, values)
+                    option = key.removeprefix("data.")
+                    values[option] = value
+                    origins["data", option] = self.document.where((*at, key))
+        data = typed(document.placed(origins), ("data",), module.Data, values)
         files: dict[str, str] = {}
         root = None if self.preset.data_root is None else Path(self.preset.data_root)
         for split in splits:
@@ -256,18 +257,21 @@ class Selection:
         """Return a benchmark with this preset's overrides."""
         benchmark, document = self.benchmarks[name]
         values: dict[str, Any] = {}
+        origins: dict[tuple[str | int, ...], str] = {}
         for index, override in enumerate(self.preset.overrides):
             if name not in (override.benchmarks or []):
                 continue
             for key, value in override.set.items():
+                where = self.document.where(("overrides", index, "set", key))
                 if key in ("max_new_tokens", "limit", "stop"):
                     values[key] = value
+                    origins[key,] = where
                 elif not key.startswith("data."):
-                    where = self.document.where(("overrides", index, "set", key))
                     raise UserError(
                         f"{where}: overrides.{index}.set.{key}: {value!r}: unknown key; "
                         f"{nearest(key, ['max_new_tokens', 'limit', 'stop', 'data.*'])}"
                     )
+        document = document.placed(origins)
         return parse(document, Benchmark, values) if values else benchmark, document
 
     def _check_batch(self, model: Model, document: Document, batch: int) -> None:

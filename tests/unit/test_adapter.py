@@ -30,7 +30,7 @@ peft = pytest.importorskip("peft")
 FAMILIES = ["llama", "mistral", "qwen", "gemma", "gpt2", "t5"]
 
 
-def logits(model, samples, adapters=None):
+def logits(model, samples):
     """Concatenated logits of all samples, without gradients."""
     model.eval()
     with torch.no_grad():
@@ -214,6 +214,7 @@ class TestFrozen:
                 max_steps=steps,
                 per_device_train_batch_size=2,
                 learning_rate=0.01,
+                lr_scheduler_type="constant",
                 save_steps=2,
                 report_to=[],
                 use_cpu=True,
@@ -356,14 +357,12 @@ class TestResidual:
         samples = rows(family)
         base = tiny(family)
         before = logits(base, samples)
-        weights = {name: p.clone() for name, p in base.named_parameters()}
         model = load_initial(base, folder / "initial", [])
         assert trainable(model) == {"A", "B"}
         torch.testing.assert_close(logits(model, samples), before, atol=2e-5, rtol=1e-5)
-        moved = [
-            name for name, p in tiny(family).named_parameters() if not torch.equal(p, weights[name])
-        ]
-        assert not moved
+        # Otherwise the adapter would have been lost.
+        with model.disable_adapter():
+            assert not torch.allclose(logits(model, samples), before, atol=1e-2)
         config = json.loads((folder / "initial/adapter_config.json").read_text())
         assert config["init_lora_weights"] is True
 
@@ -450,7 +449,9 @@ class TestFold:
         model.save_pretrained(tmp_path / "adapter")
         fold_scaling(tmp_path / "adapter", tmp_path / "folded")
         loaded = peft.PeftModel.from_pretrained(tiny(family), tmp_path / "folded")
-        torch.testing.assert_close(logits(loaded, samples), expected, atol=1e-5, rtol=1e-4)
+        size = expected.abs().max().item()
+        torch.testing.assert_close(logits(loaded, samples), expected, atol=2e-4 * size, rtol=0)
+        assert not torch.allclose(logits(tiny(family), samples), expected, atol=0.02 * size)
         config = json.loads((tmp_path / "folded/adapter_config.json").read_text())
         ranks = [m.r["default"] for m in model.modules() if hasattr(m, "lora_A")]
         assert config["r"] == config["lora_alpha"] == max(ranks)

@@ -13,7 +13,7 @@ from workflow.project import ENTRIES, MINI, PRESET, Job, Project, make_tools
 
 @pytest.fixture(scope="session")
 def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project as it is in git, with a small preset; nothing has run in it. Not to be changed."""
+    """The project with a small preset; nothing has run in it. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("sources") / "checkout"
     folder.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", "*.partial")

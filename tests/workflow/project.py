@@ -36,7 +36,7 @@ overrides:
   - {benchmarks: [arithmetic], set: {data.test: 8, max_new_tokens: 4}}
 """
 
-# `tlora` of the shell commands: the checkout's own, noting what it was asked for and what it loaded.
+# `tlora` of the shell commands: the checkout's own, noting what it was asked for and loaded.
 COMMAND = """\
 import json, os, sys
 sys.path[0] = os.getcwd()

@@ -175,12 +175,28 @@ def test_g_two_values_swapped(checkout: Project, jobs: dict[str, Job]) -> None:
     assert (ids(first) | ids(swapped)).isdisjoint(made(jobs))
 
 
-def test_h_allocation(checkout: Project, jobs: dict[str, Job]) -> None:
-    """h) Only the method that allocates: its allocation and what follows."""
-    checkout.append("tlora/allocation.py", "\n# changed\n")
+@pytest.mark.parametrize(
+    ("source", "first"),
+    [
+        ("allocation.py", "allocate"),
+        ("sensitivity.py", "calibrate"),
+        ("methods/tlora.py", "initialize"),
+    ],
+)
+def test_h_sources_of_one_method(
+    checkout: Project, jobs: dict[str, Job], source: str, first: str
+) -> None:
+    """h) The allocation: only the method that allocates and what follows; its other parts alike."""
+    checkout.append(f"tlora/{source}", "\n# changed\n")
     found = checkout.dry()
-    expected = ["allocate tiny/arithmetic/tlora", "initialize tiny/arithmetic/tlora"]
-    assert labels(found) == sorted([*expected, *runs("tlora"), *TABLES])
+    chain = [
+        "calibrate tiny/arithmetic/sensitivity",
+        "allocate tiny/arithmetic/tlora",
+        "initialize tiny/arithmetic/tlora",
+    ]
+    while not chain[0].startswith(first):
+        del chain[0]
+    assert labels(found) == sorted([*chain, *runs("tlora"), *TABLES])
     assert ids(found) <= made(jobs)
 
 

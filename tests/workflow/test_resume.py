@@ -141,7 +141,7 @@ def test_torn_checkpoint_falls_back_to_the_one_before(
 def test_another_learning_rate_starts_afresh(
     finished: Project, project: Project, jobs: dict[str, Job]
 ) -> None:
-    """After completion and over another run's checkpoints alike, the new rate trains from step 1."""
+    """After completion, and over another run's checkpoints, the new rate trains from step 1."""
     job = jobs["train tiny/arithmetic/lora"]
     killed(project, job, "stale", step=EVERY)
     assert newest(project.path("stale/work")).is_dir()

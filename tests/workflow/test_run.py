@@ -232,8 +232,9 @@ def test_every_job_names_the_sources_it_loads(finished: Project, jobs: dict[str,
         assert modules <= sources, f"{job.label} loads what its inputs do not list"
         listed[job.rule] |= sources
         loaded[job.rule] |= modules
-    idle = {rule: sorted(listed[rule] - loaded[rule]) for rule in listed}
-    assert idle == dict.fromkeys(idle, [])
+    assert {rule: sorted(sources - loaded[rule]) for rule, sources in listed.items()} == {
+        rule: [] for rule in listed
+    }
 
 
 def source_of(project: Project, module: str) -> str:
@@ -247,7 +248,7 @@ def test_jobs_that_need_no_torch_load_none(finished: Project) -> None:
     """Start-up of torch takes seconds; these jobs are many and short."""
     light = ("allocate", "score", "compare")
     heavy = {call["arguments"][0]: call["heavy"] for call in finished.calls()}
-    assert {verb: heavy[verb] for verb in light} == dict.fromkeys(light, [])
+    assert {verb: heavy[verb] for verb in light} == {verb: [] for verb in light}
 
 
 def test_listing_commands(finished: Project) -> None:
