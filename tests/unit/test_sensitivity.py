@@ -136,7 +136,7 @@ def unusual(model):
     model.model.layers[0].eval()
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 2 == 0)
-    kept = next(p for p in model.parameters() if p.requires_grad)
+    kept = model.model.layers[1].mlp.up_proj.weight
     kept.grad = torch.ones_like(kept)
     return kept.grad
 

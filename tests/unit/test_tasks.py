@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import subprocess
@@ -317,13 +318,18 @@ def test_gold_targets_score_one(task, scorer) -> None:
 
 
 def test_mixture_is_deterministic_and_shows_no_test_problem() -> None:
-    import itertools
-
     documents = list(itertools.islice(mixture.documents(5), 3000))
     assert documents == list(itertools.islice(mixture.documents(5), 3000))
     assert documents != list(itertools.islice(mixture.documents(6), 3000))
     tests = {r["instruction"] for task in EMBEDDED for r in task.load(task.Data(), "test", None)}
-    assert not any(test in document for document in documents for test in tests)
+    texts = ["".join(document) for document in documents]
+    assert not any(test in text for text in texts for test in tests)
+
+
+def test_mixture_gives_and_teaches_in_turn() -> None:
+    for document in itertools.islice(mixture.documents(0), 500):
+        assert len(document) >= 2 and len(document) % 2 == 0
+        assert all(document[1::2])
 
 
 # configuration

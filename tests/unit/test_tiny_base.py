@@ -77,8 +77,8 @@ def test_record_names_every_file(shipped: Path) -> None:
 def test_record_names_the_data(shipped: Path) -> None:
     # The mixture and the tokenizer's recipe are those that the shipped model was made with.
     record = read_json(shipped / "recipe.json")
-    texts = itertools.islice(mixture.documents(tiny_base.RECIPE["seed"] + 1), 256)
-    assert record["first_documents_sha256"] == tiny_base.text_digest(texts)
+    drawn = itertools.islice(mixture.documents(tiny_base.RECIPE["seed"] + 1), 256)
+    assert record["first_documents_sha256"] == tiny_base.text_digest(drawn)
     made = tiny_base.train_tokenizer(tiny_base.RECIPE)
     assert made.backend_tokenizer.to_str() == _tokenizer_text(shipped)
 
@@ -111,8 +111,9 @@ def test_weights_and_activations_are_structured(model, tokenizer) -> None:
     spectra = []
     with torch.no_grad():
         for document in documents:
-            ids = torch.tensor([tokenizer(document)["input_ids"]])
-            losses.append(model(input_ids=ids, labels=ids).loss.item())
+            ids, labels, _ = prompts.encode(tokenizer, *document[:2], max_length=512)
+            batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+            losses.append(model(**batch).loss.item())
             spectra.append(inputs["x"].flatten(0, 1))
     hook.remove()
     assert sum(losses) / len(losses) < math.log(len(tokenizer)) / 3

@@ -16,6 +16,7 @@ from tlora.artefact import sha256_tree, staged, write_json, write_text
 from tlora.errors import UserError
 from tlora.progress import bar
 from tlora.tasks import mixture
+from tlora.tasks.prompts import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,8 @@ RECIPE: dict[str, Any] = {
     "positions": 2048,
     "context": 256,
     "batch": 8,
-    "steps": 3000,
+    "steps": 2500,
+    "initializer_range": 0.08,
     "learning_rate": 3.0e-3,
     "warmup": 0.05,
     "weight_decay": 0.1,
@@ -142,8 +144,8 @@ def train_tokenizer(recipe: dict[str, Any]) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = itertools.islice(mixture.documents(recipe["seed"]), recipe["tokenizer_documents"])
-    tokenizer.train_from_iterator(texts, trainer)
+    drawn = itertools.islice(mixture.documents(recipe["seed"]), recipe["tokenizer_documents"])
+    tokenizer.train_from_iterator(("".join(parts) for parts in drawn), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A $B",
@@ -178,6 +180,7 @@ def _train_model(
             num_key_value_heads=recipe["heads"],
             max_position_embeddings=recipe["positions"],
             tie_word_embeddings=True,
+            initializer_range=recipe["initializer_range"],
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -201,8 +204,9 @@ def _train_model(
             group["lr"] = recipe["learning_rate"] * _schedule(
                 step, recipe["steps"], recipe["warmup"]
             )
-        batch = next(batches)
-        loss = model(input_ids=batch, labels=batch).loss
+        input_ids, labels = next(batches)
+        mask = _mask(input_ids, tokenizer.bos_token_id)
+        loss = model(input_ids=input_ids, labels=labels, attention_mask=mask).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -221,9 +225,9 @@ def _train_model(
     }
 
 
-def text_digest(texts: Iterable[str]) -> str:
-    """Return the SHA-256 of texts."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+def text_digest(documents: Iterable[mixture.Document]) -> str:
+    """Return the SHA-256 of documents."""
+    return hashlib.sha256("\1".join(map("\0".join, documents)).encode()).hexdigest()
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
@@ -235,10 +239,13 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def _batches(recipe: dict[str, Any], tokenizer: Any, digest: Any) -> Iterator[Tensor]:
-    """Yield (batch, context) int64 tensors of documents packed end to end, without end.
+def _batches(
+    recipe: dict[str, Any], tokenizer: PreTrainedTokenizerFast, digest: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield input_ids and labels of documents packed end to end, int64, (batch, context).
 
-    The documents' text goes into `digest`, the record of what the model has seen.
+    Labels are -100 on what a document gives. The text goes into `digest`, the record of what the
+    model has seen.
     """
     import torch
 
@@ -246,11 +253,26 @@ def _batches(recipe: dict[str, Any], tokenizer: Any, digest: Any) -> Iterator[Te
     documents = mixture.documents(recipe["seed"] + 1)
     size = recipe["batch"] * recipe["context"]
     pending: list[int] = []
+    learned: list[int] = []
     while True:
         while len(pending) < size:
-            texts = list(itertools.islice(documents, 256))
-            digest.update("\0".join(texts).encode())
-            for ids in tokenizer(texts)["input_ids"]:
-                pending += [*ids, tokenizer.eos_token_id]
-        yield torch.tensor(pending[:size], dtype=torch.int64).view(recipe["batch"], -1)
-        del pending[:size]
+            parts = next(documents)
+            digest.update("\0".join(parts).encode())
+            pending.append(tokenizer.bos_token_id)
+            learned.append(IGNORED)
+            for at, ids in enumerate(tokenizer(parts, add_special_tokens=False)["input_ids"]):
+                pending += ids
+                learned += ids if at % 2 else [IGNORED] * len(ids)
+            pending.append(tokenizer.eos_token_id)
+            learned.append(tokenizer.eos_token_id)
+        yield tuple(
+            torch.tensor(values[:size], dtype=torch.int64).view(recipe["batch"], -1)
+            for values in (pending, learned)
+        )
+        del pending[:size], learned[:size]
+
+
+def _mask(input_ids: Tensor, bos: int) -> Tensor:
+    """Return who may see whom, bool (batch, 1, context, context): the past of the same document."""
+    document = (input_ids == bos).cumsum(1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]

@@ -1,13 +1,14 @@
 """The texts that the tiny base model and its tokenizer are made from: generated, by seed.
 
-They hold what the embedded tasks need (sums, products, kinds of things, opposites, position in a
-list), told in other forms than the tasks tell it.
+They hold what the embedded tasks need (sums, products, kinds of things, opposites, finding an
+option), told in other forms than the tasks tell it. A document is a tuple of parts, in turn given
+and learned: random words that nothing foretells would drown what a small model can learn.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from tlora.tasks import arithmetic, choice
 
@@ -54,13 +55,24 @@ ALPACA = (
 )
 SHORT = "### Instruction:\n{instruction}\n\n### Response:"
 
+Document = tuple[str, ...]
+"""Texts that follow each other: given, learned, given, learned, ..."""
 
-def documents(seed: int) -> Iterator[str]:
+
+def documents(seed: int) -> Iterator[Document]:
     """Draw documents without end."""
     rng = random.Random(seed)
     kinds, weights = zip(*KINDS, strict=True)
     while True:
         yield rng.choices(kinds, weights)[0](rng)
+
+
+def _joined(heading: str, facts: Sequence[tuple[str, str]], link: str = ",") -> Document:
+    """Return a list of facts, of each its given and its learned part."""
+    parts: list[str] = []
+    for given, learned in facts:
+        parts += [(link if parts else heading) + given, learned]
+    return tuple(parts)
 
 
 def _calculation(rng: random.Random) -> tuple[int, str, int, int]:
@@ -73,82 +85,65 @@ def _calculation(rng: random.Random) -> tuple[int, str, int, int]:
     return (a, sign, b, a + b) if sign == "+" else (a + b, sign, b, a)
 
 
-def _facts(rng: random.Random) -> str:
-    facts = []
-    for _ in range(rng.randint(4, 12)):
-        a, sign, b, c = _calculation(rng)
-        facts.append(f" {a} {sign} {b} = {c}")
-    return "Facts:" + rng.choice(("\n", ",", ".")).join(facts)
+def _facts(rng: random.Random) -> Document:
+    drawn = [_calculation(rng) for _ in range(rng.randint(4, 12))]
+    facts = [(f" {a} {sign} {b} =", f" {c}") for a, sign, b, c in drawn]
+    return _joined("Facts:", facts, rng.choice((",", ".", "\n")))
 
 
-def _spoken(rng: random.Random) -> str:
+def _spoken(rng: random.Random) -> Document:
     words = {"+": "plus", "-": "minus", "*": "times"}
-    facts = []
-    for _ in range(rng.randint(2, 6)):
-        a, sign, b, c = _calculation(rng)
-        facts.append(f" {a} {words[sign]} {b} {rng.choice(('is', 'makes'))} {c}")
-    return "Aloud:" + ",".join(facts) + "."
+    drawn = [_calculation(rng) for _ in range(rng.randint(3, 8))]
+    facts = [
+        (f" {a} {words[sign]} {b} {rng.choice(('is', 'makes'))}", f" {c}")
+        for a, sign, b, c in drawn
+    ]
+    return _joined("Aloud:", facts)
 
 
-def _counting(rng: random.Random) -> str:
+def _counting(rng: random.Random) -> Document:
     start, step = rng.randint(0, 60), rng.choice((1, 1, 1, 2, 3, 5))
-    numbers = list(range(start, min(start + 10 * step, 100), step))
+    numbers = [f" {number}" for number in range(start, min(start + 10 * step, 100), step)]
     if rng.random() < 0.4:
         numbers.reverse()
-    return "Counting: " + ", ".join(map(str, numbers)) + "."
+    return "Counting:" + ",".join(numbers[:2]) + ",", ",".join(numbers[2:])
 
 
-def _comparing(rng: random.Random) -> str:
+def _comparing(rng: random.Random) -> Document:
     facts = []
     for _ in range(rng.randint(2, 5)):
-        numbers = rng.sample(range(1, 60), rng.randint(2, 5))
+        numbers = rng.sample(range(1, 60), rng.randint(2, 4))
+        given = f" of {', '.join(map(str, numbers))}"
+        if rng.random() < 0.5:
+            facts.append((f"{given} in order:", " " + ", ".join(map(str, sorted(numbers)))))
+        else:
+            word, number = rng.choice((("most", max(numbers)), ("least", min(numbers))))
+            facts.append((f"{given} the {word} is", f" {number}"))
+    return _joined("Numbers:", facts, ";")
+
+
+def _kinds(rng: random.Random) -> Document:
+    facts = []
+    for _ in range(rng.randint(3, 8)):
+        category = rng.choice(sorted(choice.CATEGORIES))
+        word = rng.choice(choice.members(category))
         facts.append(
-            f"of {', '.join(map(str, numbers))} "
-            + rng.choice(
-                (
-                    f"the largest is {max(numbers)}, the smallest is {min(numbers)}",
-                    f"the smallest is {min(numbers)}, the largest is {max(numbers)}",
-                    f"in order: {', '.join(map(str, sorted(numbers)))}",
-                )
-            )
-        )
-    return "Numbers: " + "; ".join(facts) + "."
-
-
-def _kinds(rng: random.Random) -> str:
-    sentences = []
-    for _ in range(rng.randint(2, 5)):
-        category, other = rng.sample(sorted(choice.CATEGORIES), 2)
-        words = rng.sample(choice.members(category), 3)
-        stranger = rng.choice(choice.members(other))
-        sentences.append(
             rng.choice(
                 (
-                    f"{choice.article(words[0])} is {choice.article(category)}.",
-                    f"The {words[0]}, the {words[1]} and the {words[2]} are {category}s.",
-                    f"{choice.article(stranger)} is not {choice.article(category)}, "
-                    f"but {choice.article(words[0])} is.",
-                    f"{category}: {', '.join(words)}.",
+                    (f" {choice.article(word)} is", f" {choice.article(category)}"),
+                    (f" the {word} is one of the", f" {category}s"),
                 )
             )
         )
-    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    return _joined("Kinds:", facts)
 
 
-def _opposites(rng: random.Random) -> str:
-    sentences = []
-    for _ in range(rng.randint(1, 4)):
+def _opposites(rng: random.Random) -> Document:
+    facts = []
+    for _ in range(rng.randint(3, 8)):
         one, other = rng.sample(rng.choice(choice.OPPOSITES), 2)
-        sentences.append(
-            rng.choice(
-                (
-                    f"The opposite of {one} is {other}.",
-                    f"It is not {one}, it is {other}.",
-                    f"{one} and {other} are opposites.",
-                )
-            )
-        )
-    return " ".join(sentences)
+        facts.append(rng.choice(((f" {one} or", f" {other}"), (f" not {one} but", f" {other}"))))
+    return _joined("Opposites:", facts)
 
 
 def _sentence(rng: random.Random) -> str:
@@ -173,14 +168,14 @@ def _sentence(rng: random.Random) -> str:
     )
 
 
-def _story(rng: random.Random) -> str:
+def _story(rng: random.Random) -> Document:
     sentences = []
     for _ in range(rng.randint(2, 6)):
         text = _sentence(rng)
         if rng.random() < 0.4:
             text = f"{text.rstrip('?')} {rng.choice(LINKS)} {_sentence(rng)}"
         sentences.append(text[0].upper() + text[1:] + ("" if text.endswith("?") else "."))
-    return " ".join(sentences)
+    return "", " ".join(sentences)
 
 
 def _step(rng: random.Random) -> tuple[str, str, int]:
@@ -215,21 +210,32 @@ def _step(rng: random.Random) -> tuple[str, str, int]:
     return text, f"{a} {sign} {b} = {c}", c
 
 
-def _solved(rng: random.Random) -> str:
+def _solved(rng: random.Random) -> Document:
     text, working, result = _step(rng)
     return rng.choice(
         (
-            f"Problem: {text}\nSolution: {working}. So it is {result}.",
-            f"{text} {working}, so {result}.",
-            f"Q: {text}\nA: {result}",
+            (f"Problem: {text}\nSolution:", f" {working}. So it is {result}."),
+            (f"{text} Let us see:", f" {working}, so {result}."),
+            (f"Q: {text}\nA:", f" {result}"),
         )
     )
 
 
-def _instructed(rng: random.Random) -> str:
+def _instructed(rng: random.Random) -> Document:
     text, working, result = _step(rng)
     prompt = rng.choice((ALPACA, SHORT, SHORT)).replace("{instruction}", text)
-    return f"{prompt}{working}.\nThe answer is: {result}\n"
+    return prompt, f"It is {working}.\nThe answer is: {result}\n"
+
+
+def _repeat(rng: random.Random) -> Document:
+    """Draw words and numbers in an order of their own, and say them again."""
+    words = [word for category in choice.CATEGORIES for word in choice.members(category)]
+    words += [*PEOPLE, *GOODS]
+    said = " ".join(
+        str(rng.randint(1, 60)) if rng.random() < 0.4 else rng.choice(words)
+        for _ in range(rng.randint(3, 10))
+    )
+    return f"Again: {said},", f" {said}"
 
 
 def _options(rng: random.Random) -> tuple[str, list[str], int]:
@@ -239,7 +245,7 @@ def _options(rng: random.Random) -> tuple[str, list[str], int]:
     if kind < 0.5:
         categories = rng.sample(sorted(choice.CATEGORIES), choice.OPTIONS)
         options = [rng.choice(choice.members(category)) for category in categories]
-        asked = [f"the {categories[at]}", options[at]]
+        asked = [f"the {categories[at]}", f"the {categories[at]}", options[at]]
     elif kind < 0.75:
         options = [str(number) for number in rng.sample(range(1, 60), choice.OPTIONS)]
         number, a = int(options[at]), rng.randint(1, 9)
@@ -248,64 +254,53 @@ def _options(rng: random.Random) -> tuple[str, list[str], int]:
         pairs = [rng.sample(pair, 2) for pair in rng.sample(choice.OPPOSITES, choice.OPTIONS)]
         options = [one for one, _ in pairs]
         asked = [options[at], f"not {pairs[at][1]}"]
-    text = rng.choice(("Which of these is {}?", "What is {}?", "Find {}.")).format(
-        rng.choice(asked)
-    )
-    return text, options, at
+    text = rng.choice(("Which of these is {}?", "What is {}?", "Find {}."))
+    return text.replace("{}", rng.choice(asked)), options, at
 
 
-def _lookup(rng: random.Random) -> str:
+def _lookup(rng: random.Random) -> Document:
     """Draw a list with labels, then where in it each of its entries stands."""
     _, options, _ = _options(rng)
     labels = LETTERS if rng.random() < 0.5 else "1234"
     listed = " ".join(f"{label} {o}" for label, o in zip(labels, options, strict=True))
     order = rng.sample(range(len(options)), len(options))
-    return f"{listed}\n" + ",".join(f" {options[at]} {labels[at]}" for at in order)
+    return _joined(f"{listed}\n", [(f" {options[at]}", f" {labels[at]}") for at in order])
 
 
-def _checked(rng: random.Random) -> str:
+def _checked(rng: random.Random) -> Document:
     """Draw a question whose options are each called right or wrong."""
     text, options, at = _options(rng)
-    listed = " ".join(
-        f"Answer{i + 1}: {option} {'yes' if i == at else 'no'}" for i, option in enumerate(options)
-    )
-    return f"{text}\n\n{listed}\n\nIt is answer{at + 1}"
-
-
-def _repeat(rng: random.Random) -> str:
-    """Draw words and numbers in an order of their own, and say them several times."""
-    words = [word for category in choice.CATEGORIES for word in choice.members(category)]
-    said = [
-        str(rng.randint(1, 60)) if rng.random() < 0.3 else rng.choice(words)
-        for _ in range(rng.randint(3, 10))
+    facts = [
+        (f"Answer{i}: {option}", " yes" if i == at + 1 else " no")
+        for i, option in enumerate(options, start=1)
     ]
-    return "Again:" + ",".join([" " + " ".join(said)] * rng.randint(2, 3))
+    return (*_joined(f"{text}\n\n", facts, " "), "\n\nIt is answer", f"{at + 1}")
 
 
-def _quiz(rng: random.Random) -> str:
+def _quiz(rng: random.Random) -> Document:
     """Draw a question with its options and the answer alone."""
     text, options, at = _options(rng)
     listed = " ".join(f"Answer{i}: {option}" for i, option in enumerate(options, start=1))
     if rng.random() < 0.7:
-        return f"{text}\n\n{listed}\n\nIt is answer{at + 1}"
+        return f"{text}\n\n{listed}\n\nIt is answer", f"{at + 1}"
     names = "/".join(f"answer{i}" for i in range(1, choice.OPTIONS + 1))
     prompt = SHORT.replace("{instruction}", f"{text}\n\n{listed}\n\nAnswer format: {names}")
-    return f"{prompt}the correct answer is answer{at + 1}\n"
+    return prompt, f"the correct answer is answer{at + 1}\n"
 
 
-KINDS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
+KINDS: tuple[tuple[Callable[[random.Random], Document], float], ...] = (
     (_facts, 6),
     (_spoken, 2),
     (_counting, 1),
     (_comparing, 1),
-    (_kinds, 2),
+    (_kinds, 1),
     (_opposites, 1),
     (_story, 1),
-    (_solved, 5),
-    (_instructed, 2),
+    (_solved, 6),
+    (_instructed, 3),
     (_repeat, 2),
-    (_lookup, 3),
-    (_checked, 7),
-    (_quiz, 6),
+    (_lookup, 1),
+    (_checked, 4),
+    (_quiz, 5),
 )
 """The kinds of documents and how often each is drawn."""
