@@ -9,6 +9,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 
+# What only shows how a job goes is no part of its result.
+SHOWN_ONLY = frozenset({"tlora.progress", "tlora.tracking"})
+
 
 def module_file(module: str) -> Path | None:
     """Return the source file of a module of this package, None where there is none."""
@@ -63,7 +66,8 @@ def closure(modules: Iterable[str]) -> list[Path]:
     """Return the source files that importing `modules` can load, with their packages' files.
 
     Modules found by name at run time (methods, data sources, scorers) are not import statements:
-    the caller lists the ones in use.
+    the caller lists the ones in use. Modules of `SHOWN_ONLY` count only where the caller lists
+    them.
     """
     waiting, seen = list(modules), set()
     while waiting:
@@ -73,13 +77,15 @@ def closure(modules: Iterable[str]) -> list[Path]:
         seen.add(module)
         if "." in module:
             waiting.append(module.rpartition(".")[0])
-        waiting.extend(imports(module))
+        waiting.extend(imports(module) - SHOWN_ONLY)
     return sorted(path for path in map(module_file, seen) if path is not None)
 
 
 def stage_modules(stage: str, spec: dict) -> list[str]:
     """Return the modules a stage starts from: its own, and those that its spec names."""
     modules = [f"tlora.stages.{stage}"]
+    if stage == "track":
+        modules.append("tlora.tracking")
     folder = "benchmarks" if stage == "score" else "methods"
     if "implementation" in spec:
         modules.append(f"tlora.{folder}.{spec['implementation']}")

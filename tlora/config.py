@@ -309,7 +309,12 @@ def typed(document: Document, at: tuple[str, ...], kind: type, values: Mapping[s
     try:
         return kind(**checked)
     except ValueError as error:
-        raise UserError(f"{document.where(at)}: {'.'.join(at)}.{error}") from error
+        # The check of a dataclass names its key first.
+        key, _, expected = str(error).partition(": ")
+        place = (*at, key)
+        found = f" {checked[key]!r}:" if key in checked else ""
+        where = f"{document.where(place)}: {'.'.join(place)}:"
+        raise UserError(f"{where}{found} {expected}") from error
 
 
 def module_of(document: Document, key: str, package: str, name: str) -> Any:
@@ -377,10 +382,12 @@ class Library:
         method = parse(document, Method)
         if method.extends is not None:
             at = document.where(("extends",))
-            _, parent_document = self.method(method.extends, f"{at}: extends")
+            parent_document = self.document("methods", method.extends, f"{at}: extends")
             if parent_document.values.get("extends"):
                 raise UserError(f"{at}: extends: {method.extends!r}: extends another one itself")
             merged = merge(parent_document.values, document.values)
+            # Two rows of a table must not bear one label.
+            merged["label"] = document.values.get("label")
             merged.pop("extends")
             places = {**parent_document.places, **document.places}
             document = Document(document.path, merged, places)

@@ -197,7 +197,7 @@ class Plan(Selection):
             spec.Export(train.id, self.methods[row.method][0].implementation, plain_options),
             (model, task, row.method),
             {"train": train, "initialize": initialize},
-            {},
+            {**place, "base": identity} if method.merges(options) else {},
         )
         units |= {"train": train, "export": export}
         generates, scores = self._evaluations(model, task, row.method, export)

@@ -215,7 +215,7 @@ def test_recipe_replaces_an_older_model(made: Path, tmp_path: Path) -> None:
 
 def test_recipe_learns(made: Path) -> None:
     record = read_json(made / "recipe.json")
-    assert record["loss"] < math.log(SMALL["vocabulary"]) - 1
+    assert record["loss"] < math.log(SMALL["vocabulary"]) - 0.3
 
 
 def test_recipe_refuses_unknown_settings(tmp_path: Path) -> None:

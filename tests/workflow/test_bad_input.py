@@ -166,7 +166,7 @@ BEFORE = {
         "{question}",
         [TASK, "prompt", "{question}", "{instruction}"],
     ),
-    "no training sample": (MINI, "data.train: 42", "data.train: 0", [f"{MINI}:6", "train", "0"]),
+    "no training sample": (MINI, "data.train: 42", "data.train: 0", [f"{MINI}:6", "train: 0:"]),
     "key that stands twice": (TASK, "rank: 8", "rank: 8\nrank: 4", [f"{TASK}:7", "rank", "twice"]),
     "broken YAML": (TASK, "rank: 8", "rank: [8", [TASK, "not valid YAML"]),
     "folder without a model": (

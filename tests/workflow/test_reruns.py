@@ -146,13 +146,13 @@ def test_changed_model(checkout: Project, jobs: dict[str, Job]) -> None:
 
 def test_f_new_method(checkout: Project, jobs: dict[str, Job]) -> None:
     """f) A YAML and its name in the preset: only its jobs, sharing data and sensitivity."""
-    checkout.path("config/methods/tlora_released.yaml").write_text(
+    checkout.path("config/methods/our_own.yaml").write_text(
         "extends: tlora\noptions: {variant: released}\n"
     )
-    checkout.edit(MINI, "pissa, tlora]", "pissa, tlora, tlora_released]")
+    checkout.edit(MINI, "pissa, tlora]", "pissa, tlora, our_own]")
     found = checkout.dry()
     expected = ["allocate tiny/arithmetic/tlora", "initialize tiny/arithmetic/tlora"]
-    assert labels(found) == sorted([*expected, *runs("tlora_released"), *GRID])
+    assert labels(found) == sorted([*expected, *runs("our_own"), *GRID])
     assert ids(found).isdisjoint(made(jobs))
 
 

@@ -16,8 +16,13 @@ A method module holds a dataclass `Options` and the hook `adapt`; everything els
     Whether `adapt` runs the model on calibration samples. Default False.
 `adapt(model, options, context) -> model`
     Put the adapter on the model; afterwards its logits equal the base model's.
-`trainer(model, options, context) -> {"optimizers": ..., "callbacks": ...}`
-    What differs from plain training. Default nothing.
+`trainer(model, options, context) -> {"callbacks": ..., "mixin": ...}`
+    What differs from plain training: keyword arguments of the Trainer, and under "mixin" a class
+    whose methods (`create_optimizer`, `compute_loss`, ...) go before the Trainer's own. `context`
+    is the run's spec with "steps", the number of optimizer steps. Default nothing.
+`merges(options) -> bool`
+    Whether the trained adapter has no plain LoRA form and is exported merged into the base model,
+    in place of `export`. Default False.
 `export(trained, initial, out, options) -> form`
     Write what others load; "adapter" or "model". Default: the saved adapter on the unmodified
     base model.
@@ -31,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tlora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -97,12 +104,31 @@ class Method:
         return self._call("reads_batches", False, options)
 
     def adapt(self, model: Any, options: Any, context: Context) -> Any:
-        """Put the adapter on the model."""
-        return self.module.adapt(model, options, context)
+        """Put the adapter on the model.
+
+        Raises
+        ------
+        UserError
+            Naming the method: targets that match nothing or are quantised, and what else the
+            method does not fit.
+        """
+        name = self.module.__name__.rpartition(".")[2]
+        try:
+            if self.adapter:
+                from tlora.modules import find_targets
+
+                find_targets(model, context.target_modules)
+            return self.module.adapt(model, options, context)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
     def trainer(self, model: Any, options: Any, context: Any) -> dict[str, Any]:
         """Return keyword arguments of the Trainer that differ from plain training."""
         return self._call("trainer", {}, model, options, context)
+
+    def merges(self, options: Any) -> bool:
+        """Tell whether the trained adapter is exported merged into the base model."""
+        return self._call("merges", False, options)
 
     def export(self, trained: Path, initial: Path | None, out: Path, options: Any) -> str:
         """Write the trained weights in the form that others load; return the form."""

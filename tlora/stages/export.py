@@ -23,5 +23,20 @@ def export(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     check_files(trained, card["files"])
     initial = inputs["initialize"].parent if "initialize" in inputs else None
     with staged(out / "weights") as temporary:
-        form = method.export(trained, initial, temporary, method.options(spec["options"]))
+        options = method.options(spec["options"])
+        if method.merges(options):
+            form = _merge(trained, temporary, place)
+        else:
+            form = method.export(trained, initial, temporary, options)
     write_json(out / "export.json", {"form": form, "files": sha256_tree(out / "weights")})
+
+
+def _merge(trained: Path, out: Path, place: dict[str, Any]) -> str:
+    """Write the base model with the trained adapter merged into its weights."""
+    from peft import PeftModel
+
+    from tlora.base_model import load_model
+
+    model = PeftModel.from_pretrained(load_model(place["base"], place), str(trained))
+    model.merge_and_unload(safe_merge=True).save_pretrained(out, safe_serialization=True)
+    return "model"

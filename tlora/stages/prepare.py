@@ -31,6 +31,7 @@ def prepare(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any
     source = importlib.import_module(f"tlora.tasks.{spec['source']}")
     data = source.Data(**spec["data"])
     root = Path(place["data_root"]) if place.get("data_root") else None
+    records = {split: source.load(data, split, root) for split in ("train", "validation", "test")}
     tokenizer = load_tokenizer(place)
     seq2seq = spec["model"]["architecture"] == "seq2seq"
 
@@ -44,7 +45,6 @@ def prepare(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any
         "sources": spec["files"],
         "sha256": {},
     }
-    records = {split: source.load(data, split, root) for split in ("train", "validation", "test")}
     card["overlap"] = overlap(records)
     for split in ("train", "validation"):
         samples, truncated, empty = [], 0, 0

@@ -47,13 +47,14 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     UserError
         Too few samples for one optimizer step, or a loss that is not finite.
     """
-    from transformers import Trainer, TrainingArguments, set_seed
-
     work = stamped(Path(place["work"]), place["stamp"])
     samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
     order, dropped = sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
     steps = len(order) // spec["batch_size"]
     micro = min(place.get("micro_batch") or spec["batch_size"], spec["batch_size"])
+
+    # Loading these takes seconds, which bad input need not wait for.
+    from transformers import Trainer, TrainingArguments, set_seed
 
     set_seed(spec["seed"])
     method = methods.load(spec["implementation"])
@@ -88,7 +89,10 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         dataloader_pin_memory=False,
     )
 
-    class InOrder(Trainer):
+    extra = method.trainer(model, options, {**spec, "steps": steps})
+    mixin = extra.pop("mixin", None)
+
+    class InOrder(*([mixin] if mixin else []), Trainer):
         """The samples are in the order of training already."""
 
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -96,7 +100,6 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
 
             return SequentialSampler(self.train_dataset)
 
-    extra = method.trainer(model, options, spec)
     trainer = InOrder(
         model=model,
         args=arguments,
@@ -341,12 +344,11 @@ def _adapted(
 
 
 def _save(model: Any, folder: Path, place: dict[str, Any]) -> None:
-    """Save the adapter or the model; a saved config never initialises anything on load."""
-    configs = getattr(model, "peft_config", {})
-    for config in configs.values():
-        config.init_lora_weights = True
-        config.base_model_name_or_path = source_name(place)
-        config.inference_mode = True
+    """Save the adapter or the model; equal runs give equal bytes."""
     folder.mkdir(parents=True)
     model.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
+    if hasattr(model, "peft_config"):
+        from tlora.peft_folder import CONFIG, write_config
+
+        write_config(folder, read_json(folder / CONFIG), source_name(place))

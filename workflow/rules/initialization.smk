@@ -56,6 +56,7 @@ rule initialize:
     input:
         allocate=artefact("initialize", "allocate"),
         covariance=artefact("initialize", "covariance"),
+        gradient=artefact("initialize", "gradient"),
         prepare=artefact("initialize", "prepare"),
         code=code("initialize"),
     output:
