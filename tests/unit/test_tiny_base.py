@@ -111,9 +111,11 @@ def test_weights_and_activations_are_structured(model, tokenizer) -> None:
     spectra = []
     with torch.no_grad():
         for document in documents:
-            ids, labels, _ = prompts.encode(tokenizer, *document[:2], max_length=512)
-            batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
-            losses.append(model(**batch).loss.item())
+            given, learned = tokenizer(list(document[:2]), add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([[tokenizer.bos_token_id, *given, *learned]])
+            labels = ids.clone()
+            labels[:, : len(given) + 1] = prompts.IGNORED
+            losses.append(model(input_ids=ids, labels=labels).loss.item())
             spectra.append(inputs["x"].flatten(0, 1))
     hook.remove()
     assert sum(losses) / len(losses) < math.log(len(tokenizer)) / 3
@@ -156,7 +158,7 @@ def test_embedded_tasks_fit_their_lengths(root: Path, tokenizer, task) -> None:
     for split in ("train", "test"):
         for record in task.load(task.Data(**config["data"]), split, None):
             prompt = prompts.render(config["prompt"], record)
-            ids, labels, truncated = prompts.encode(
+            _ids, labels, truncated = prompts.encode(
                 tokenizer, prompt, record["response"], config["max_length"]
             )
             assert not truncated
