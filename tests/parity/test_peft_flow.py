@@ -80,7 +80,7 @@ def job(grid: Grid, name: str) -> dict[str, Any]:
         "alpha": ALPHA,
         "targets": cell.units["train"].spec["target_modules"],
         "learning_rate": RATE,
-        "warmup": math.ceil(0.03 * STEPS),
+        "warmup": math.ceil(cell.settings["warmup_ratio"].value * STEPS),
         "batches": [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)],
         "calibration": calibration,
     }
