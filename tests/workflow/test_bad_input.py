@@ -126,8 +126,8 @@ BEFORE = {
     ),
     "number that YAML reads as text": (
         TASK,
-        "learning_rate: 2.0e-3",
-        "learning_rate: 1e-4",
+        "learning_rate: ",
+        "learning_rate: 1e-4  # ",
         [TASK, "learning_rate", "'1e-4'", "expected a number", "1.0e-4"],
     ),
     "number as text in the preset": (
@@ -144,8 +144,8 @@ BEFORE = {
     ),
     "batch not divisible": (
         MODEL,
-        "micro_batch: 32",
-        "micro_batch: 3",
+        "micro_batch: ",
+        "micro_batch: 3  # ",
         [MODEL, "micro_batch", "3", "divisor of the batch size 4", "2, 4"],
     ),
     "targets that match nothing": (
