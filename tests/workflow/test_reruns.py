@@ -164,7 +164,7 @@ def test_f_method_left_out(checkout: Project) -> None:
 
 def test_g_two_values_swapped(checkout: Project, jobs: dict[str, Job]) -> None:
     """g) The same values under exchanged names are other runs."""
-    checkout.edit("config/tasks/arithmetic.yaml", "warmup_ratio: 0.03", "warmup_ratio: 0.5")
+    checkout.edit("config/tasks/arithmetic.yaml", "warmup_ratio: ", "warmup_ratio: 0.5  # ")
     checkout.edit("config/tasks/arithmetic.yaml", "weight_decay: 0.0", "weight_decay: 0.25")
     first = checkout.dry()
     checkout.edit("config/tasks/arithmetic.yaml", "warmup_ratio: 0.5", "warmup_ratio: 0.25")
