@@ -43,7 +43,7 @@ test: .venv/.dev-stamp ## install and run all tests
 	@$(WITH_VENV) python -m pytest $(PYTEST_ARGS)
 
 test-fast: .venv/.dev-stamp ## the tests that are not marked slow (under three minutes)
-	@$(WITH_VENV) python -m pytest -m "not slow" --numprocesses 2 $(PYTEST_ARGS)
+	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses 2 $(PYTEST_ARGS)
 
 lint: .venv/.dev-stamp ## check style, formatting, the workflow and the direction of imports
 	@$(WITH_VENV) ruff check .

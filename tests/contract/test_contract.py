@@ -15,6 +15,8 @@ from tlora import methods
 from tlora.artefact import check_files, read_json, sha256_tree
 from tlora.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "config" / "methods").glob("*.yaml"))
 FULL = "full"

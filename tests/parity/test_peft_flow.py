@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from contract.grid import Grid, make_grid
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, RANK, ALPHA, RATE = 20, 4, 4, 8, 5.0e-3
 METHODS = [
