@@ -29,6 +29,12 @@ def load_tokenizer(place: dict[str, Any]) -> PreTrainedTokenizerBase:
         raise UserError(f"{place['model']}: no tokenizer to load: {_first_line(error)}") from error
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills batches: the padding token, else the end of sequence."""
+    padding = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if padding is None else padding
+
+
 def load_model(identity: dict[str, Any], place: dict[str, Any]) -> PreTrainedModel:
     """Load the base model in evaluation mode.
 

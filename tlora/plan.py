@@ -240,6 +240,8 @@ class Plan(Selection):
                 {},
             )
         statistics = {key: unit for key, unit in units.items() if unit.stage == "calibrate"}
+        # The allocation stands for the statistic it was made from.
+        allocated = set() if wanted is None else {"sensitivity"}
         reads = method.reads_batches(options)
         depends = bool(units) or reads
         units["initialize"] = self._unit(
@@ -259,10 +261,9 @@ class Plan(Selection):
             ),
             (model, task if depends else "any", implementation),
             {
-                **{key: unit for key, unit in statistics.items() if key != "sensitivity"},
+                **{key: unit for key, unit in statistics.items() if key not in allocated},
                 "allocate": units.get("allocate"),
                 "prepare": prepare if reads else None,
-                **({} if wanted is not None else {"sensitivity": statistics.get("sensitivity")}),
             },
             place,
         )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tlora import methods
-from tlora.artefact import sha256_file
 from tlora.config import (
     Benchmark,
     Document,
@@ -25,7 +23,7 @@ from tlora.config import (
     typed,
 )
 from tlora.errors import UserError
-from tlora.weights import fingerprint
+from tlora.weights import checksum, fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +248,7 @@ class Selection:
                     raise UserError(
                         f"{document.where(('data',))}: data: {str(path)!r}: no such file"
                     )
-                files[label] = _checksum(str(path), Path(path).stat().st_mtime_ns)
+                files[label] = checksum(Path(path))
         return dataclasses.asdict(data), files
 
     def _benchmark(self, name: str) -> tuple[Benchmark, Document]:
@@ -283,8 +281,3 @@ class Selection:
                 f"{document.where(('micro_batch',))}: micro_batch: {micro}: expected a divisor of "
                 f"the batch size {batch}; nearest: {', '.join(map(str, near))}"
             )
-
-
-@functools.lru_cache(maxsize=4096)
-def _checksum(path: str, _changed: int) -> str:
-    return sha256_file(Path(path))

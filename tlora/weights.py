@@ -75,11 +75,12 @@ def _digest(folder: Path) -> str:
     files = sorted({file for pattern in PATTERNS for file in folder.glob(pattern)})
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{_checksum(file)}\n".encode())
+        digest.update(f"{file.name}\0{checksum(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """Return a file's SHA-256; that of a large file is remembered by size and time of change."""
     state = file.stat()
     return _remembered(str(file.resolve()), state.st_size, state.st_mtime_ns)
 

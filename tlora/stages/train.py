@@ -23,7 +23,13 @@ from tlora.artefact import (
     write_json,
     write_text,
 )
-from tlora.base_model import load_model, load_tokenizer, peak_memory_bytes, source_name
+from tlora.base_model import (
+    load_model,
+    load_tokenizer,
+    padding_id,
+    peak_memory_bytes,
+    source_name,
+)
 from tlora.errors import UserError
 from tlora.tasks import tokenised
 
@@ -54,7 +60,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     micro = min(place.get("micro_batch") or spec["batch_size"], spec["batch_size"])
 
     # Loading these takes seconds, which bad input need not wait for.
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     set_seed(spec["seed"])
     method = methods.load(spec["implementation"])
@@ -62,8 +68,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     model = load_model(spec["model"], place)
     total = sum(parameter.numel() for parameter in model.parameters())
     model = _adapted(method, options, model, spec, inputs)
-    tokenizer = load_tokenizer(place)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = padding_id(load_tokenizer(place))
     log = Log(work, steps, spec["epochs"])
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -107,8 +112,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         data_collator=lambda rows: tokenised.collate(rows, pad),
         **{**extra, "callbacks": [_callback(log, place), *extra.get("callbacks", [])]},
     )
-    for callback in ("PrinterCallback",):
-        _remove_callback(trainer, callback)
+    trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
     log.start(checkpoint)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -312,12 +316,6 @@ def _callback(log: Log, place: dict[str, Any]) -> TrainerCallback:
             live.close()
 
     return Logging()
-
-
-def _remove_callback(trainer: Any, name: str) -> None:
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ == name:
-            trainer.remove_callback(callback)
 
 
 def _adapted(
