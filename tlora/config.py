@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tlora.errors import UserError
 
 KINDS = ("models", "tasks", "methods", "benchmarks")
+LM_EVAL = "lm_eval"
 
 
 class Strict(BaseModel):
@@ -88,9 +89,14 @@ class Benchmark(Strict):
     source: str = Field(description="module of tlora/tasks")
     data: dict[str, Any] = {}
     implementation: str = Field(description="module of tlora/benchmarks")
+    options: dict[str, Any] = Field({}, description="options of the scorer")
+    prompt: str | None = Field(None, description="in place of the task's prompt")
+    turn_prompt: str | None = Field(None, description="what each further turn of a dialogue adds")
     max_new_tokens: int = Field(gt=0)
+    num_beams: int = Field(1, gt=0)
     stop: list[str] = []
     limit: int | None = Field(None, gt=0, description="first items only")
+    workers: int = Field(1, gt=0, description="processes of a scoring job; placement")
 
 
 class Override(Strict):
@@ -345,9 +351,12 @@ class Library:
         """Return the names of all files of a kind."""
         return sorted(path.stem for path in (self.folder / kind).glob("*.yaml"))
 
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.yaml"
+
     def document(self, kind: str, name: str, asked: str) -> Document:
         """Read a file by kind and name; `asked` says who names it, for the error."""
-        path = self.folder / kind / f"{name}.yaml"
+        path = self._path(kind, name)
         if not path.is_file():
             raise UserError(
                 f"{asked}: {name!r}: no {kind[:-1]} of this name in {path.parent}; "
@@ -372,7 +381,12 @@ class Library:
         return task, document
 
     def benchmark(self, name: str, asked: str = "benchmarks") -> tuple[Benchmark, Document]:
-        """Read a benchmark."""
+        """Read a benchmark; `lm_eval.TASK` is a task of lm-evaluation-harness."""
+        prefix, dot, task = name.partition(".")
+        if prefix == LM_EVAL and dot and not self._path("benchmarks", name).is_file():
+            values = {"source": LM_EVAL, "implementation": LM_EVAL, "data": {"task": task}}
+            document = Document(Path(asked), {**values, "label": task, "max_new_tokens": 1}, {})
+            return parse(document, Benchmark), document
         document = self.document("benchmarks", name, asked)
         return parse(document, Benchmark), document
 

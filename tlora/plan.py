@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tlora import methods, spec
+from tlora.benchmarks import Scorer
 from tlora.code import stage_files
-from tlora.config import module_of
+from tlora.config import module_of, typed
 from tlora.selection import Row, Selection, Setting
 from tlora.weights import check_targets
 
@@ -25,6 +26,7 @@ MAIN = {
     "initialize": "adapter_init.json",
     "train": "train.json",
     "export": "export.json",
+    "check": "check.json",
     "generate": "generations.jsonl",
     "score": "score.json",
 }
@@ -59,7 +61,7 @@ class Unit:
     def placement(self) -> dict[str, Any]:
         """Where and how the job computes: `place`, and what only its id can name."""
         place = dict(self.place)
-        if self.stage in ("train", "generate"):
+        if self.stage in ("train", "generate", "score"):
             place["work"] = str(RESULTS / ".work" / self.stage / self.id)
         if "cell" in place:
             place["cell"] = {**place["cell"], "spec_id": self.id}
@@ -128,7 +130,7 @@ class Plan(Selection):
                         yield self._cell(model, task, row, seed, settings)
 
     def _base(self, model: str, task: str) -> Cell:
-        generates, scores = self._evaluations(model, task, "base", None)
+        generates, scores = self._evaluations(model, task, "base")
         return Cell(model, task, BASE, None, {}, {}, generates, scores)
 
     def _cell(
@@ -199,8 +201,21 @@ class Plan(Selection):
             {"train": train, "initialize": initialize},
             {**place, "base": identity} if method.merges(options) else {},
         )
-        units |= {"train": train, "export": export}
-        generates, scores = self._evaluations(model, task, row.method, export)
+        check = self._unit(
+            "check",
+            spec.Check(identity, export.id),
+            (model, task, row.method),
+            {
+                "prepare": prepare,
+                "allocate": units.get("allocate"),
+                "initialize": initialize,
+                "train": train,
+                "export": export,
+            },
+            place,
+        )
+        units |= {"train": train, "export": export, "check": check}
+        generates, scores = self._evaluations(model, task, row.method, export, check)
         return Cell(model, task, row, seed, settings, units, generates, scores)
 
     def _initialization(
@@ -270,7 +285,12 @@ class Plan(Selection):
         return units
 
     def _evaluations(
-        self, model: str, task: str, method: str, export: Unit | None
+        self,
+        model: str,
+        task: str,
+        method: str,
+        export: Unit | None = None,
+        check: Unit | None = None,
     ) -> tuple[dict[str, Unit], dict[str, Unit]]:
         config, _, identity = self.models[model]
         shared, _ = self.tasks[task]
@@ -278,14 +298,17 @@ class Plan(Selection):
         for name in shared.benchmarks:
             benchmark, document = self._benchmark(name)
             data, files = self._data("benchmarks", name, benchmark, document, ["test"])
-            module_of(document, "implementation", "benchmarks", benchmark.implementation)
-            fields = ("source", "max_new_tokens", "stop", "limit")
+            scorer = Scorer(
+                module_of(document, "implementation", "benchmarks", benchmark.implementation)
+            )
+            options = typed(document, ("options",), scorer.options_type, benchmark.options)
+            fields = ("source", "turn_prompt", "max_new_tokens", "num_beams", "stop", "limit")
             generates[name] = self._unit(
                 "generate",
                 spec.Generate(
                     identity,
                     export.id if export else None,
-                    shared.prompt,
+                    benchmark.prompt or shared.prompt,
                     {"data": data, **{key: getattr(benchmark, key) for key in fields}},
                     files,
                 ),
@@ -299,10 +322,15 @@ class Plan(Selection):
             )
             scores[name] = self._unit(
                 "score",
-                spec.Score(generates[name].id, benchmark.implementation),
+                spec.Score(
+                    generates[name].id,
+                    check.id if check else None,
+                    benchmark.implementation,
+                    dataclasses.asdict(options),
+                ),
                 (model, task, method, name),
-                {"generate": generates[name]},
-                {},
+                {"generate": generates[name], "check": check},
+                {"workers": benchmark.workers, "data_root": self.preset.data_root},
             )
         return generates, scores
 
@@ -332,7 +360,8 @@ class Plan(Selection):
 
     def _grid_cell(self, cell: Cell) -> dict[str, Any]:
         units = cell.units
-        chain = [unit for name, unit in units.items() if name not in ("prepare", "train", "export")]
+        after = ("prepare", "train", "export", "check")
+        chain = [unit for name, unit in units.items() if name not in after]
         evaluated = next(iter(cell.generates.values()))
         return {
             "model": cell.model,

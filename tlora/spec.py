@@ -118,6 +118,14 @@ class Export(_Spec):
 
 
 @dataclass(frozen=True)
+class Check(_Spec):
+    """The adapter gate: whether every form of the trained weights is the trained model."""
+
+    model: dict
+    export: str
+
+
+@dataclass(frozen=True)
 class Generate(_Spec):
     """Completions of one run on one benchmark. `export` is None for the untrained base model."""
 
@@ -130,7 +138,9 @@ class Generate(_Spec):
 
 @dataclass(frozen=True)
 class Score(_Spec):
-    """Verdicts on completions."""
+    """Verdicts on completions. `check` is None for the untrained base model."""
 
     generate: str
+    check: str | None
     implementation: str
+    options: dict

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,6 @@ overrides:
   - set: {{rank: 4, lora_alpha: 4, learning_rate: 1.0e-2}}
   - {{methods: [adalora], set: {{options.interval: 2, lora_alpha: 64}}}}
 """
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing in the package catches it."""
 
 
 @dataclass
@@ -123,25 +121,39 @@ class Grid:
         return self.trained[method]
 
     def interrupted(self, method: str, steps: tuple[int, ...], out: Path) -> Path:
-        """Train a method into `out`, killed while it writes the log of each of `steps`."""
-        from tlora.stages import train
+        """Train a method into `out`, killed by SIGKILL while it writes the log of each of `steps`.
 
+        A fork of this process trains: it need not load everything again.
+        """
         unit = self.cell(method).units["train"]
-        row = train.Log.row
+        self.inputs(unit)
         for step in steps:
-
-            def stop(log: Any, at: int, values: dict, last: int = step) -> Any:
-                if at == last:
-                    raise Killed
-                return row(log, at, values)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train.Log, "row", stop)
-                with pytest.raises(Killed):
-                    self.make(unit, out)
+            child = os.fork()
+            if child == 0:
+                self._train_until(unit, out, step)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         main = self.make(unit, out)
         assert read_json(main)["attempts"] == len(steps) + 1
         return main
+
+    def _train_until(self, unit: Unit, out: Path, last: int) -> None:
+        """Train in a child process, and kill it at a step; never returns."""
+        from tlora.stages import train
+
+        row = train.Log.row
+
+        def stop(log: Any, at: int, values: dict) -> Any:
+            if at == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return row(log, at, values)
+
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train.Log, "row", stop)
+                self.make(unit, out)
+        finally:
+            os._exit(1)
 
     def logits(self, model: Any, count: int = 4) -> list[Any]:
         """Return the logits of some training samples, each (tokens, vocabulary)."""
@@ -173,45 +185,70 @@ class Grid:
         return list(tokenised.calibration_batches(path, count, 3, 0, "cpu"))
 
 
-def make_grid(
-    root: Path,
-    folder: Path,
-    preset: str = PRESET,
-    micro_batch: int = 2,
-    dtype: str = "float32",
-) -> Grid:
-    """Write a configuration tree with every method of the project, and plan a preset."""
-    import shutil
-
+def _random_model(family: str) -> Any:
+    """Return a small random model of the Llama or the T5 family, with logits far from uniform."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
-    model = folder / "model"
-    AutoTokenizer.from_pretrained(root / "workflow/resources/tiny").save_pretrained(model)
     torch.manual_seed(0)
+    tokens = {"vocab_size": 1024, "pad_token_id": 0, "eos_token_id": 2}
+    if family == "t5":
+        config = T5Config(
+            **tokens,
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            dropout_rate=0.0,
+        )
+        return T5ForConditionalGeneration(config)
     config = LlamaConfig(
-        vocab_size=1024,
+        **tokens,
+        bos_token_id=1,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
     )
-    base = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
     with torch.no_grad():
-        for parameter in base.parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(4)
-    base.save_pretrained(model)
+    return model
+
+
+def make_grid(
+    root: Path,
+    folder: Path,
+    preset: str = PRESET,
+    micro_batch: int = 2,
+    dtype: str = "float32",
+    family: str = "llama",
+) -> Grid:
+    """Write a configuration tree with every method of the project, and plan a preset."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    model = folder / "model"
+    AutoTokenizer.from_pretrained(root / "workflow/resources/tiny").save_pretrained(model)
+    _random_model(family).save_pretrained(model)
     for kind in ("tasks", "methods", "benchmarks"):
         shutil.copytree(root / "config" / kind, folder / "config" / kind)
     (folder / "config/models").mkdir()
     (folder / "config/models/random.yaml").write_text(
         f"path: {model}\nmicro_batch: {micro_batch}\ndtype: {dtype}\n"
+        f"architecture: {'seq2seq' if family == 't5' else 'causal'}\n"
     )
     names = sorted(path.stem for path in (root / "config/methods").glob("*.yaml"))
     path = folder / "config/contract.yaml"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.grid import Grid, make_grid
+from contract.grid import Grid
 
 from tlora import methods
 from tlora.artefact import check_files, read_json, sha256_tree
@@ -20,17 +20,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "config" / "methods").glob("*.yaml"))
 FULL = "full"
-
-
-@pytest.fixture(scope="module")
-def halved(tmp_path_factory: pytest.TempPathFactory) -> Grid:
-    """The grid in bfloat16."""
-    return make_grid(ROOT, tmp_path_factory.mktemp("bfloat16"), dtype="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
-    return make_grid(ROOT, tmp_path_factory.mktemp("contract"))
 
 
 def distance(found: list[Any], expected: list[Any]) -> float:

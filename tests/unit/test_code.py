@@ -20,7 +20,11 @@ from tlora import cli, code, plan, spec
 from tlora.errors import UserError
 
 # Stages of a cell, each with a spec; then those of a preset, whose spec is the grid.
-CELL = ("prepare", "calibrate", "allocate", "initialize", "train", "export", "generate", "score")
+CELL = ("prepare", "calibrate", "allocate", "initialize", "train", "export") + (
+    "check",
+    "generate",
+    "score",
+)
 PRESET = ("compare", "track")
 
 

@@ -151,6 +151,7 @@ def test_units_of_a_small_grid() -> None:
         "initialize": 2,
         "train": 8,
         "export": 8,
+        "check": 8,
         "generate": 9,
         "score": 9,
     }
@@ -241,7 +242,7 @@ def test_swapped_values_are_another_run() -> None:
     write("tasks/sums", warmup_ratio=0.5, weight_decay=0.25)
     one = ids()
     write("tasks/sums", warmup_ratio=0.25, weight_decay=0.5)
-    assert stages(ids() - one) == sorted(["train", "export", "generate", "score"] * 2)
+    assert stages(ids() - one) == sorted(["train", "export", "check", "generate", "score"] * 2)
 
 
 def test_model_is_its_content() -> None:
@@ -265,6 +266,26 @@ def test_adding_a_method_or_seed_keeps_all_other_ids() -> None:
     assert new.count("train") == 4
     assert new.count("initialize") == 1
     assert "prepare" not in new
+
+
+def test_calibration_is_shared_by_all_methods_of_a_task(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second variant of a method adds no calibration, nor does another seed."""
+    monkeypatch.chdir(root)
+
+    def calibrations(methods: list[str], seeds: list[int]) -> list[str]:
+        found = Plan(
+            [Path("config/all_methods.yaml")], {"methods": methods, "seeds": seeds, "overrides": []}
+        )
+        return sorted(unit.spec["statistic"] for unit in found.of("calibrate"))
+
+    assert calibrations(["lora", "pissa"], [1]) == []
+    assert calibrations(["tlora"], [1]) == ["sensitivity"]
+    assert calibrations(["tlora", "tlora_unfrozen", "tlora_rank"], [1, 2]) == ["sensitivity"]
+    assert calibrations(["corda", "corda_kpm"], [1, 2]) == ["covariance"]
+    library = sorted(path.stem for path in Path("config/methods").glob("*.yaml"))
+    assert calibrations(library, [1, 2]) == ["covariance", "gradient", "sensitivity"]
 
 
 def test_grid_is_without_labels_and_names_every_file() -> None:

@@ -23,6 +23,7 @@ LOCKS = ("core", "dev", "train", "code", "vllm")
 ON_TOP = {"dev": "core", "train": "core", "code": "core"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "mlflow", "snakemake")
 STAGES = {"prepare", "calibrate", "allocate", "initialize", "train", "export"} | {
+    "check",
     "generate",
     "score",
     "compare",

@@ -113,6 +113,7 @@ def run_of(method: str, task: str = "arithmetic", benchmarks: Iterable[str] = ()
     return [
         f"train {at}",
         f"export {at}",
+        f"check {at}",
         *(f"generate {name}" for name in evaluated),
         *(f"score {name}" for name in evaluated),
     ]

@@ -234,7 +234,11 @@ def test_i_back_after_a_run_of_another_setting(checkout: Project, jobs: dict[str
     assert {name: after.get(name) for name in work} == work
 
 
-STAGES = ("prepare", "calibrate", "allocate", "initialize", "train", "export", "generate", "score")
+STAGES = ("prepare", "calibrate", "allocate", "initialize", "train", "export") + (
+    "check",
+    "generate",
+    "score",
+)
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def test_every_job_names_the_sources_it_loads(finished: Project, jobs: dict[str,
         loaded[job.rule] |= modules
     assert sorted(answered) == sorted(asked.values())
     before: set[str] = set()
-    for rule in ("prepare", "calibrate", "allocate", "initialize", "train", "export"):
+    for rule in ("prepare", "calibrate", "allocate", "initialize", "train", "export", "check"):
         before |= loaded[rule]
         idle = listed[rule] - before - BRANCHES.get(rule, set())
         assert not idle, f"{rule} lists what none of its jobs loads"

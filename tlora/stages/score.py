@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlora.artefact import write_json
+from tlora.artefact import read_json, remove, stamped, write_json
+from tlora.benchmarks import Context, load
 from tlora.errors import UserError
 
 FIELDS = ("id", "completion", "reference")
@@ -16,15 +17,31 @@ FIELDS = ("id", "completion", "reference")
 def score(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
     """Write score.json for the completions of `inputs["generate"]`.
 
+    A run that failed the adapter gate (`inputs["check"]`) is not scored: score.json then holds the
+    reason under "failed".
+
     Raises
     ------
     UserError
         Completions that cannot be scored.
     """
-    score_file(spec["implementation"], inputs["generate"], Path(out) / "score.json")
+    target = Path(out) / "score.json"
+    if "check" in inputs and not (verdict := read_json(inputs["check"]))["passed"]:
+        write_json(target, {"failed": "adapter gate: " + "; ".join(verdict["reasons"])})
+        return
+    work = stamped(Path(place["work"]), place["stamp"])
+    context = Context(work, place)
+    score_file(spec["implementation"], inputs["generate"], target, spec["options"], context)
+    remove(work)
 
 
-def score_file(implementation: str, generations: Path, out: Path, **options: Any) -> dict[str, Any]:
+def score_file(
+    implementation: str,
+    generations: Path,
+    out: Path,
+    options: Mapping[str, Any] | None = None,
+    context: Context | None = None,
+) -> dict[str, Any]:
     """Score a file of completions from anywhere, write the verdicts and return them.
 
     Parameters
@@ -36,50 +53,23 @@ def score_file(implementation: str, generations: Path, out: Path, **options: Any
     out
         The file to write; equal input gives equal bytes.
     options
-        Passed to the scorer.
+        The scorer's.
+    context
+        Where and how to work.
 
     Raises
     ------
     UserError
         An unknown scorer, a missing, empty or broken file, or one the scorer refuses.
     """
-    scorer = find(implementation)
+    scorer = load(implementation)
     records = read_generations(generations)
     try:
-        content = scorer.score(records, **options)
+        content = scorer.score(records, options, context)
     except UserError as error:
         raise UserError(f"{generations}: {error}") from error
     write_json(Path(out), content)
     return content
-
-
-def names() -> list[str]:
-    """Return the names of all scorers."""
-    import tlora.benchmarks
-
-    (folder,) = tlora.benchmarks.__path__
-    return sorted(path.stem for path in Path(folder).glob("*.py") if path.stem != "__init__")
-
-
-def find(implementation: str) -> Any:
-    """Import a scorer by its name.
-
-    Raises
-    ------
-    UserError
-        With the nearest known name.
-    """
-    known = names()
-    if implementation not in known:
-        import difflib
-
-        near = difflib.get_close_matches(implementation, known, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"implementation: {implementation!r}: no such scorer: {hint}expected one of "
-            + ", ".join(known)
-        )
-    return importlib.import_module(f"tlora.benchmarks.{implementation}")
 
 
 def read_generations(path: Path) -> list[dict[str, Any]]:

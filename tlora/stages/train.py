@@ -31,6 +31,7 @@ from tlora.base_model import (
     source_name,
 )
 from tlora.errors import UserError
+from tlora.probe import frozen_digests, held_out, probe
 from tlora.tasks import tokenised
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tlora")
 
 
 def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
-    """Train, and write weights/, log.jsonl and train.json.
+    """Train, and write weights/, log.jsonl, train.json and what the adapter gate compares.
 
     Checkpoints, the log and the time spent so far lie in `place["work"]`, stamped with
     `place["stamp"]`: a run of another spec, input or code starts afresh.
@@ -60,6 +61,8 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     micro = min(place.get("micro_batch") or spec["batch_size"], spec["batch_size"])
 
     # Loading these takes seconds, which bad input need not wait for.
+    import torch
+    from safetensors.torch import save_file
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     set_seed(spec["seed"])
@@ -82,6 +85,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         max_grad_norm=spec["max_grad_norm"],
         seed=spec["seed"],
         bf16=spec["model"]["dtype"] == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
         save_strategy="steps",
         save_steps=max(1, math.ceil(steps / CHECKPOINTS)),
         save_total_limit=2,
@@ -96,6 +100,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
 
     extra = method.trainer(model, options, {**spec, "steps": steps})
     mixin = extra.pop("mixin", None)
+    frozen = frozen_digests(model)
 
     class InOrder(*([mixin] if mixin else []), Trainer):
         """The samples are in the order of training already."""
@@ -119,6 +124,8 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
 
     with staged(out / "weights") as temporary:
         _save(trainer.model, temporary, place)
+    with staged(out / "probe.safetensors") as temporary:
+        save_file(probe(trainer.model, held_out(inputs["prepare"])), temporary)
     write_text(out / "log.jsonl", (work / "log.jsonl").read_text(encoding="utf-8"))
     tokens = sum(len(samples[index]["input_ids"]) for index in order)
     seconds = log.seconds()
@@ -141,6 +148,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
             "final_loss": log.last_loss,
             "mean_loss": result.training_loss,
             "attempts": log.attempts,
+            "frozen": frozen,
             "files": sha256_tree(out / "weights"),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         },

@@ -29,6 +29,7 @@ SCORE = pattern("score", "model", "task", "method", "benchmark")
 rule score:
     input:
         generate=artefact("score", "generate"),
+        check=artefact("score", "check"),
         code=code("score"),
     output:
         score=report(

@@ -9,6 +9,7 @@ rule train:
     output:
         card=f"{TRAIN}/train.json",
         history=f"{TRAIN}/log.jsonl",
+        probe=f"{TRAIN}/probe.safetensors",
         weights=directory(f"{TRAIN}/weights"),
     log:
         f"logs/{TRAIN}.log",
@@ -49,3 +50,32 @@ rule export:
         "export {wildcards.method} on {wildcards.task}"
     shell:
         f"tlora export {ARGUMENTS}"
+
+
+CHECK = pattern("check", "model", "task", "method")
+
+
+rule check:
+    input:
+        prepare=artefact("check", "prepare"),
+        allocate=artefact("check", "allocate"),
+        initialize=artefact("check", "initialize"),
+        train=artefact("check", "train"),
+        export=artefact("check", "export"),
+        code=code("check"),
+    output:
+        verdict=f"{CHECK}/check.json",
+        figures=f"{CHECK}/figures.json",
+    log:
+        f"logs/{CHECK}.log",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        spec=spec("check"),
+        place=place("check"),
+        inputs=inputs,
+        out=folder,
+    message:
+        "check {wildcards.method} on {wildcards.task}"
+    shell:
+        f"tlora check {ARGUMENTS}"

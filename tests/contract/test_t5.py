@@ -1,0 +1,49 @@
+"""The whole chain on an encoder-decoder model, for every method that takes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from contract.grid import PRESET, Grid, make_grid
+
+from tlora.artefact import read_json
+from tlora.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+# Ablations of a method (`extends`) differ in what does not depend on the model's family.
+NAMES = sorted(
+    path.stem
+    for path in (ROOT / "config" / "methods").glob("*.yaml")
+    if "\nextends:" not in f"\n{path.read_text()}"
+)
+# EVA's own preparation takes causal models only.
+REFUSED = ("eva",)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    targets = "[q, k, v, o, wi, wo]"
+    preset = PRESET.replace("{{rank: 4,", "{{target_modules: " + targets + ", rank: 4,")
+    preset += "  - {{benchmarks: [arithmetic], set: {{limit: 8, max_new_tokens: 8}}}}\n"
+    return make_grid(ROOT, tmp_path_factory.mktemp("t5"), preset, family="t5")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
+def test_trains_passes_the_gate_and_is_scored(t5: Grid, name: str) -> None:
+    cell = t5.cell(name)
+    assert read_json(t5.make(cell.units["check"])) == {"passed": True, "reasons": []}
+    rows = (t5.path(cell.units["train"]).parent / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    score = read_json(t5.make(next(iter(cell.scores.values()))))
+    assert score["n"] == 8 and "failed" not in score
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_method_that_lacks_it_says_so(t5: Grid, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: .*encoder-decoder"):
+        t5.make(t5.cell(name).units["initialize"])
