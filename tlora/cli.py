@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tlora.distributed import launched, rank
 from tlora.errors import UserError
 
 STAGES = {
@@ -21,6 +22,7 @@ STAGES = {
     "initialize": "compute an adapter's A0 and B0",
     "train": "fine-tune",
     "export": "write the trained weights in the form that others load",
+    "check": "compare what was exported with what was trained",
     "generate": "complete a benchmark's prompts",
     "score": "judge completions: tlora score BENCHMARK generations.jsonl --out score.json",
     "compare": "build a preset's tables and plots",
@@ -61,8 +63,9 @@ def _logging(path: str | None) -> None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
-        filename=path,
-        filemode="w",
+        filename=path if rank() == 0 else f"{path}.{rank()}",
+        # The process that started these has begun the file.
+        filemode="a" if launched() else "w",
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
@@ -77,9 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "score":
             stage.add_argument("benchmark", nargs="?", help="a benchmark or a scorer")
             stage.add_argument("generations", nargs="?", type=Path, help="JSON lines")
+        if verb == "export":
+            stage.add_argument("--for", dest="engine", choices=["vllm"], help="a serving engine")
+            stage.add_argument("adapter", nargs="?", type=Path, help="an exported adapter")
+            stage.add_argument("folder", nargs="?", type=Path, help="a new folder")
         stage.add_argument("--spec", help="what to compute, as JSON")
         stage.add_argument("--input", nargs="*", default=[], metavar="NAME=PATH")
-        stage.add_argument("--out", type=Path, required=True, help="where the artefact goes")
+        where = "where the artefact goes"
+        stage.add_argument("--out", type=Path, required=verb != "export", help=where)
         stage.add_argument("--place", default="{}", help="where and how to compute, as JSON")
         stage.add_argument("--log", help="log file")
         stage.set_defaults(run=_stage)
@@ -103,6 +111,24 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--model", help="where the preset has several")
     _config_option(show)
     show.set_defaults(run=_show)
+    summary = "count the parameters that methods train; no weights are loaded"
+    params = verbs.add_parser("params", help=summary, description=summary)
+    params.add_argument("model", help="a file of config/models")
+    params.add_argument("method", nargs="+", help="files of config/methods")
+    params.add_argument("--task", help="take rank and targets from a file of config/tasks")
+    params.add_argument("--rank", type=int, help="default: the task's, else 8")
+    params.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="default: the task's, else all-linear"
+    )
+    ranks = "ranks of a run: its allocation.json, or an adapter's folder"
+    params.add_argument("--allocation", type=Path, help=ranks)
+    params.set_defaults(run=_params)
+    summary = "write the files of a new method"
+    new = verbs.add_parser("new", help=summary, description=summary)
+    new.add_argument("kind", choices=["method"])
+    new.add_argument("name", help="lower-case letters, digits and _")
+    new.add_argument("--extends", metavar="METHOD", help="only a variant of this method's options")
+    new.set_defaults(run=_new)
     return parser
 
 
@@ -116,8 +142,13 @@ def _stage(options: argparse.Namespace) -> None:
     if options.verb == "score" and options.benchmark is not None:
         _score_file(options)
         return
-    if options.spec is None:
-        raise UserError(f"{options.verb}: --spec: expected a spec as JSON")
+    if options.verb == "export" and (options.engine or options.adapter):
+        _export_for(options)
+        return
+    for option in ("spec", "out"):
+        if getattr(options, option) is None:
+            expected = "a spec as JSON" if option == "spec" else "a folder"
+            raise UserError(f"{options.verb}: --{option}: expected {expected}")
     spec = _json("--spec", options.spec)
     place = _json("--place", options.place)
     inputs = {}
@@ -126,6 +157,7 @@ def _stage(options: argparse.Namespace) -> None:
         if not Path(path).exists():
             raise UserError(f"--input: {pair!r}: expected NAME=PATH of a file that exists")
         inputs[name] = Path(path)
+    place["log"] = options.log
     if "work" in place:
         place["stamp"] = _stamp(options.verb, spec, inputs)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -156,22 +188,69 @@ def _stamp(stage: str, spec: dict, inputs: dict[str, Path]) -> str:
 
 def _score_file(options: argparse.Namespace) -> None:
     """Score any file of completions by a benchmark of config/, or by a scorer."""
-    from tlora.stages.score import names, score_file
+    from tlora.benchmarks import Context, names
+    from tlora.stages.score import score_file
 
     if options.generations is None:
         raise UserError("score: generations: expected a file of JSON lines")
-    implementation = options.benchmark
+    implementation, scorer_options = options.benchmark, {}
     if implementation not in names():
         from tlora.config import Library
 
         benchmark, _ = Library(Path("config")).benchmark(implementation, "score")
-        implementation = benchmark.implementation
-    result = score_file(implementation, options.generations, options.out)
+        implementation, scorer_options = benchmark.implementation, benchmark.options
+    context = Context(place=_json("--place", options.place))
+    result = score_file(implementation, options.generations, options.out, scorer_options, context)
     metrics = ", ".join(f"{name} {value:.2%}" for name, value in result["metrics"].items())
     print(
         f"{options.benchmark}: {metrics}; n = {result['n']}, "
         f"{result['unextracted']} without an answer; verdicts in {options.out}"
     )
+
+
+def _export_for(options: argparse.Namespace) -> None:
+    """Write an exported adapter for a serving engine."""
+    from tlora.serving import for_vllm
+
+    if not (options.engine and options.adapter and options.folder):
+        raise UserError("export: expected --for vllm ADAPTER_DIR OUT_DIR")
+    rank = for_vllm(options.adapter, options.folder)
+    print(f"{options.folder}: an adapter for PEFT and vLLM; vLLM needs max_lora_rank={rank}")
+    serve = f"vllm serve BASE --enable-lora --max-lora-rank {rank}"
+    print(f"{serve} --lora-modules NAME={options.folder}")
+
+
+def _params(options: argparse.Namespace) -> None:
+    from tlora.config import Library
+    from tlora.params import table
+
+    library = Library(Path("config"))
+    rank, targets = options.rank, options.target_modules
+    if options.task is not None:
+        task, _ = library.task(options.task, "params")
+        rank, targets = rank or task.rank, targets or task.target_modules
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank: {rank}: expected at least 1")
+    if isinstance(targets, list) and len(targets) == 1 and targets[0] == "all-linear":
+        targets = "all-linear"
+    print(
+        table(
+            library,
+            options.model,
+            options.method,
+            rank or 8,
+            targets or "all-linear",
+            options.allocation,
+        )
+    )
+
+
+def _new(options: argparse.Namespace) -> None:
+    from tlora.scaffold import new_method
+
+    for path in new_method(options.name, options.extends):
+        print(f"wrote {path}")
+    print(f"add {options.name} to a preset's methods; tlora validate PRESET checks it")
 
 
 def _plan(options: argparse.Namespace, files: list[Path] | None = None) -> Any:

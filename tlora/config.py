@@ -40,6 +40,9 @@ class Model(Strict):
     architecture: Literal["causal", "seq2seq"] = "causal"
     dtype: Literal["float32", "bfloat16"] = "float32"
     micro_batch: int | None = Field(None, gt=0, description="samples a forward pass; placement")
+    gpus: int | None = Field(None, gt=0, description="GPUs of a training job; placement")
+    processes: int | None = Field(None, gt=0, description="default: one a GPU; placement")
+    deepspeed: str | None = Field(None, description="a file of config/deepspeed; placement")
 
 
 class Hyperparameters(Strict):
@@ -67,6 +70,7 @@ class Task(Hyperparameters):
     data: dict[str, Any] = {}
     prompt: str = Field(description="template with {instruction}")
     benchmarks: list[str] = Field(min_length=1)
+    gpus: int | None = Field(None, gt=0, description="in place of the model's; placement")
 
 
 class Method(Strict):

@@ -14,7 +14,7 @@ from tlora.benchmarks import Scorer
 from tlora.code import stage_files
 from tlora.config import module_of, typed
 from tlora.selection import Row, Selection, Setting
-from tlora.weights import check_targets
+from tlora.weights import check_fit, check_targets
 
 RESULTS = Path("results")
 
@@ -136,11 +136,11 @@ class Plan(Selection):
     def _cell(
         self, model: str, task: str, row: Row, seed: int, settings: dict[str, Setting]
     ) -> Cell:
-        config, model_document, identity = self.models[model]
+        config, _, identity = self.models[model]
         shared, document = self.tasks[task]
         method, options = self._implementation(row.method), self._options(row, settings)
         value = {key: setting.value for key, setting in settings.items()}
-        self._check_batch(config, model_document, value["batch_size"])
+        self._check_batch(model, task, value["batch_size"])
         place = {"model": config.path, "revision": config.revision}
         data, files = self._data("tasks", task, shared, document, ["train", "validation", "test"])
         prepare = self._unit(
@@ -157,6 +157,16 @@ class Plan(Selection):
             adapter = {key: value[key] for key in adapter}
             where = settings["target_modules"].source, settings["rank"].source
             check_targets(config.path, adapter["target_modules"], adapter["rank"], where)
+        asked = self._asked("methods", self.preset.methods.index(row.method))
+        check_fit(
+            method,
+            options,
+            config.path,
+            config.architecture == "seq2seq",
+            adapter["target_modules"],
+            adapter["rank"],
+            f"{asked}: {row.method!r}",
+        )
         if method.initializes:
             units |= self._initialization(
                 model, task, row, method, options, value, prepare, identity, place
@@ -190,6 +200,7 @@ class Plan(Selection):
             {
                 **place,
                 "micro_batch": config.micro_batch,
+                **self._devices(model, task),
                 "cell": {"model": model, "task": task, "method": row.name, "seed": seed}
                 | {"settings": value},
             },

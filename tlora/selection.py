@@ -22,6 +22,7 @@ from tlora.config import (
     read_preset,
     typed,
 )
+from tlora.distributed import split
 from tlora.errors import UserError
 from tlora.weights import checksum, fingerprint
 
@@ -242,8 +243,8 @@ class Selection:
         data = typed(document.placed(origins), ("data",), module.Data, values)
         files: dict[str, str] = {}
         root = None if self.preset.data_root is None else Path(self.preset.data_root)
-        for split in splits:
-            for label, path in module.sources(data, split, root).items():
+        for part in splits:
+            for label, path in module.sources(data, part, root).items():
                 if not Path(path).is_file():
                     raise UserError(
                         f"{document.where(('data',))}: data: {str(path)!r}: no such file"
@@ -272,12 +273,26 @@ class Selection:
         document = document.placed(origins)
         return parse(document, Benchmark, values) if values else benchmark, document
 
-    def _check_batch(self, model: Model, document: Document, batch: int) -> None:
-        micro = model.micro_batch
-        if micro is not None and batch % min(micro, batch):
-            valid = [size for size in range(1, batch + 1) if batch % size == 0]
-            near = sorted(sorted(valid, key=lambda size: abs(size - micro))[:2])
-            raise UserError(
-                f"{document.where(('micro_batch',))}: micro_batch: {micro}: expected a divisor of "
-                f"the batch size {batch}; nearest: {', '.join(map(str, near))}"
-            )
+    def _devices(self, model: str, task: str) -> dict[str, Any]:
+        """Return the processes of a training job, its GPUs and DeepSpeed's settings."""
+        config, document, _ = self.models[model]
+        gpus = self.tasks[task][0].gpus or config.gpus
+        found: dict[str, Any] = {"gpus": gpus, "processes": config.processes or gpus or 1}
+        if config.deepspeed is not None:
+            path = self.library.folder / "deepspeed" / f"{config.deepspeed}.json"
+            if not path.is_file():
+                known = [file.stem for file in path.parent.glob("*.json")]
+                raise UserError(
+                    f"{document.where(('deepspeed',))}: deepspeed: {config.deepspeed!r}: no file "
+                    f"{path}; {nearest(config.deepspeed, known)}"
+                )
+            found["deepspeed"] = str(path)
+        return found
+
+    def _check_batch(self, model: str, task: str, batch: int) -> None:
+        config, document, _ = self.models[model]
+        try:
+            split(batch, config.micro_batch, self._devices(model, task)["processes"])
+        except UserError as error:
+            key = str(error).partition(":")[0]
+            raise UserError(f"{document.where((key,))}: {error}") from error

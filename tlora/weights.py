@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tlora.artefact import sha256_file, write_json
+from tlora.artefact import read_json, sha256_file, write_json
 from tlora.errors import UserError
+from tlora.methods import Base, Method
 
 # What loading a model and its tokenizer reads; notes beside it are no part of its identity.
 PATTERNS = (
@@ -28,6 +32,9 @@ PATTERNS = (
 # Checksums of files above this size are remembered by size and time of change.
 LARGE = 50_000_000
 CACHE = Path("results/.checksums.json")
+ALL_LINEAR = "all-linear"
+# Families whose linear layers are transformers' Conv1D.
+CONV1D = ("gpt2", "openai-gpt")
 
 
 def is_local(path: str) -> bool:
@@ -97,14 +104,18 @@ def _remembered(file: str, size: int, changed: int) -> str:
     return known[key]
 
 
-@functools.lru_cache(maxsize=64)
 def shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a local model, from its safetensors headers.
 
     Source: the safetensors format: 8 bytes of little-endian header length, then JSON.
     """
+    return _shapes(Path(path).expanduser().resolve())
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(Path(path).expanduser().glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
@@ -112,6 +123,12 @@ def shapes(path: str) -> dict[str, tuple[int, ...]]:
             name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
         }
     return found
+
+
+def settings(path: str) -> dict[str, Any]:
+    """Return a local model's config.json; {} for a repository of the hub."""
+    file = Path(path).expanduser() / "config.json"
+    return read_json(file) if is_local(path) and file.is_file() else {}
 
 
 def check_targets(
@@ -135,34 +152,130 @@ def check_targets(
     UserError
         A name that no module has, or a rank above min(in, out) of a targeted module.
     """
-    if not is_local(path):
-        return
-    weights = {
+    check_rank(_known_targets(path, target_modules, where[0]), rank, where[1])
+
+
+def _known_targets(
+    path: str, target_modules: str | list[str], where: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the targets that a model's files tell; {} where they do not.
+
+    A regular expression is for the names in memory, which may have a prefix that files leave out.
+    """
+    weights = matrices(shapes(path)) if is_local(path) else {}
+    if not weights or (isinstance(target_modules, str) and target_modules != ALL_LINEAR):
+        return {}
+    return match_targets(weights, target_modules, path, where)
+
+
+def matrices(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's weight matrices by module name, from those of its tensors."""
+    return {
         name.removesuffix(".weight"): shape
-        for name, shape in shapes(path).items()
+        for name, shape in tensors.items()
         if name.endswith(".weight") and len(shape) == 2
     }
-    if not weights:
-        return
-    if isinstance(target_modules, str):
-        if target_modules != "all-linear":
-            return  # a regular expression: PEFT's matter
+
+
+def match_targets(
+    weights: Mapping[str, tuple[int, ...]], target_modules: str | list[str], model: str, where: str
+) -> dict[str, tuple[int, ...]]:
+    """Return those of `weights` that `target_modules` names.
+
+    Raises
+    ------
+    UserError
+        A name that no module of `model` has, or a regular expression that matches none.
+    """
+    if target_modules == ALL_LINEAR:
         embeddings = ("embed_tokens", "lm_head", "shared", "wte", "wpe", "relative_attention_bias")
-        targets = {n: s for n, s in weights.items() if n.rpartition(".")[2] not in embeddings}
-    else:
-        targets = {}
-        for target in target_modules:
-            matches = {n: s for n, s in weights.items() if n == target or n.endswith(f".{target}")}
-            if not matches:
-                known = sorted({name.rpartition(".")[2] for name in weights})
-                raise UserError(
-                    f"{where[0]}: target_modules: {target!r}: no module of {path} has this name; "
-                    f"known: {', '.join(known)}"
-                )
-            targets |= matches
+        return {n: s for n, s in weights.items() if n.rpartition(".")[2] not in embeddings}
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise UserError(
+                f"{where}: target_modules: {target_modules!r}: no regular expression: {error}"
+            ) from error
+        matched = {n: s for n, s in weights.items() if pattern.fullmatch(n)}
+        if not matched:
+            raise UserError(
+                f"{where}: target_modules: {target_modules!r}: matches no module of {model}"
+            )
+        return matched
+    matched = {}
+    for target in target_modules:
+        found = {n: s for n, s in weights.items() if n == target or n.endswith(f".{target}")}
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name in weights})
+            raise UserError(
+                f"{where}: target_modules: {target!r}: no module of {model} has this name; "
+                f"known: {', '.join(known)}"
+            )
+        matched |= found
+    return matched
+
+
+def check_rank(targets: Mapping[str, tuple[int, ...]], rank: int, where: str) -> None:
+    """Check that a rank is at most min(in, out) of every target.
+
+    Raises
+    ------
+    UserError
+        Naming the first target that is too small.
+    """
     for name, shape in targets.items():
         if rank > min(shape):
             raise UserError(
-                f"{where[1]}: rank: {rank}: expected at most {min(shape)}, "
-                f"the smaller side of {name}"
+                f"{where}: rank: {rank}: expected at most {min(shape)}, the smaller side of {name}"
             )
+
+
+def check_fit(
+    method: Method,
+    options: Any,
+    path: str,
+    seq2seq: bool,
+    target_modules: str | list[str] | None,
+    rank: int | None,
+    where: str,
+) -> None:
+    """Ask a method whether it fits a model, before any job starts.
+
+    Parameters
+    ----------
+    method, options
+        The method and its options.
+    path
+        The model: a folder is looked into; of a repository of the hub nothing is known.
+    seq2seq
+        Whether it is an encoder-decoder model.
+    target_modules, rank
+        As the cell has them; None for a method without adapter.
+    where
+        File, line and name of the method, for the error.
+
+    Raises
+    ------
+    UserError
+        The method's reason.
+    """
+    config = settings(path)
+    base = Base(
+        rank=rank,
+        targets={} if target_modules is None else _known_targets(path, target_modules, where),
+        conv1d=config.get("model_type") in CONV1D,
+        seq2seq=seq2seq or bool(config.get("is_encoder_decoder")),
+        quantised=quantisation(config),
+    )
+    reason = method.unfit(options, base)
+    if reason is not None:
+        raise UserError(f"{where}: {reason}")
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """Return how config.json says that the weights are quantised, None where it does not."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return None
+    return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else "unnamed"

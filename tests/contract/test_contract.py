@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from contract.grid import Grid
 
-from tlora import methods
+from tlora import methods, params
 from tlora.artefact import check_files, read_json, sha256_tree
 from tlora.errors import UserError
 
@@ -60,7 +60,20 @@ def test_trains_what_it_says_and_nothing_else(grid: Grid, name: str) -> None:
     assert {n.split(".lora_")[-1] for n in changed} == kinds
     card = read_json(grid.path(grid.cell(name).units["train"]))
     assert card["trainable_parameters"] == sum(after[n].numel() for n in run.trainable)
+    assert card["trainable_parameters"] == counted(grid, name)
     assert grid.loss(run.model) < 0.99 * grid.loss(grid.base())
+
+
+def counted(grid: Grid, name: str) -> int:
+    """Return what `tlora params` counts, with the ranks that the run has."""
+    unit, start = grid.cell(name).units["train"], initial(grid, name)
+    module = methods.load(unit.spec["implementation"])
+    context = methods.Context(
+        *(unit.spec[key] for key in ("rank", "lora_alpha", "target_modules", "seed")),
+        ranks=params.read_ranks(start) if start else None,
+    )
+    model = params.on_meta(grid.plan.models["random"][0].path, "causal")
+    return params.count(model, module, module.options(unit.spec["options"]), context).trainable
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlora.artefact import stamped
+from tlora.checkpoints import delete_torn, last_checkpoint, seal
 from tlora.errors import UserError
-from tlora.stages.train import Log, last_checkpoint, sample_order
+from tlora.stages.train import Log, sample_order
 from tlora.tasks import tokenised
 
 sizes = st.integers(1, 60)
@@ -80,24 +81,31 @@ def test_folder_of_another_stamp_is_emptied(tmp_path: Path) -> None:
     assert [path.name for path in work.iterdir()] == ["stamp"]
 
 
-def checkpoint(work: Path, step: int, state: str | None = "{}") -> Path:
-    """Make a checkpoint with the content of trainer_state.json."""
+def checkpoint(work: Path, step: int) -> Path:
+    """Make a whole checkpoint."""
     folder = work / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    if state is not None:
-        (folder / "trainer_state.json").write_text(state)
+    (folder / "weights").write_text(f"weights of {step}")
+    (folder / "trainer_state.json").write_text("{}")
+    seal(folder)
     return folder
 
 
 def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
-    """By number, not by name; torn ones are deleted."""
+    """By number, not by name; one that is torn, or was damaged later, is none."""
     assert last_checkpoint(tmp_path) is None
     checkpoint(tmp_path, 8)
     whole = checkpoint(tmp_path, 10)
-    torn = [checkpoint(tmp_path, 12, '{"step": 1'), checkpoint(tmp_path, 100, None)]
     assert last_checkpoint(tmp_path) == whole
+    torn = [checkpoint(tmp_path, step) for step in (12, 100, 101, 102)]
+    (torn[0] / "manifest.json").unlink()
+    (torn[1] / "weights").write_text("weights of 10?")
+    (torn[2] / "manifest.json").write_text("{")
+    (torn[3] / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == whole
+    delete_torn(tmp_path)
     assert not any(path.exists() for path in torn)
-    assert (tmp_path / "checkpoint-8").is_dir()
+    assert whole.is_dir() and (tmp_path / "checkpoint-8").is_dir()
 
 
 def row(loss: float = 1.0) -> dict[str, float]:

@@ -146,7 +146,7 @@ BEFORE = {
         MODEL,
         "micro_batch: ",
         "micro_batch: 3  # ",
-        [MODEL, "micro_batch", "3", "divisor of the batch size 4", "2, 4"],
+        [MODEL, "micro_batch", "3", "divisor of 4, the batch size 4", "2, 4"],
     ),
     "targets that match nothing": (
         TASK,

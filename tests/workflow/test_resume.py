@@ -60,7 +60,7 @@ def wait_for_checkpoint(process: subprocess.Popen[str], work: Path, step: int) -
     """Return as soon as the checkpoint of a step is whole."""
     started = time.monotonic()
     while time.monotonic() - started < PATIENCE:
-        if (work / f"checkpoint-{step}" / "trainer_state.json").is_file():
+        if (work / f"checkpoint-{step}" / "manifest.json").is_file():
             return
         if process.poll() is not None:
             pytest.fail(f"ended before step {step}:\n{process.communicate()[0]}")
@@ -86,7 +86,7 @@ def killed(project: Project, job: Job, name: str, step: int) -> None:
 
 def newest(work: Path) -> Path:
     """Return the newest whole checkpoint."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in work.glob("checkpoint-*/manifest.json")]
     return max(whole, key=lambda path: int(path.name.partition("-")[2]))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft.tuners.adalora import RankAllocator
     from transformers import PreTrainedModel
 
-    from tlora.methods import Context
+    from tlora.methods import Base, Context
 
 _IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _STATE, _PATTERN = "adalora.safetensors", "adalora.json"
@@ -77,28 +77,28 @@ class Options:
                 raise ValueError(f"{key}: {getattr(self, key)}: expected above 0 and below 1")
 
 
-def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
-    """Put PEFT's AdaLoRA on the model; A and B are drawn by the run's seed, E is 0.
+def unfit(options: Options, base: Base) -> str | None:
+    """A small rank leaves nothing to prune."""
+    if base.rank is not None and _final_rank(base.rank, options) >= base.rank:
+        ratio = options.budget_ratio
+        return f"rank: {base.rank}: expected a larger one, {ratio} times the final rank"
+    return None
 
-    Raises
-    ------
-    UserError
-        A rank that leaves nothing to prune.
-    """
+
+def _final_rank(rank: int, options: Options) -> int:
+    return max(1, round(rank / options.budget_ratio))
+
+
+def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
+    """Put PEFT's AdaLoRA on the model; A and B are drawn by the run's seed, E is 0."""
     from peft import AdaLoraConfig, get_peft_model
 
-    target = max(1, round(context.rank / options.budget_ratio))
-    if target >= context.rank:
-        raise UserError(
-            f"rank: {context.rank}: expected a larger one, {options.budget_ratio} times "
-            "the final rank"
-        )
     seq2seq = getattr(model.config, "is_encoder_decoder", False)
     config = AdaLoraConfig(
         # PEFT adds the orthogonality term only for a model with a task.
         task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         init_r=context.rank,
-        target_r=target,
+        target_r=_final_rank(context.rank, options),
         lora_alpha=context.lora_alpha,
         target_modules=context.target_modules,
         deltaT=options.interval,
@@ -140,10 +140,11 @@ def trainer(model: PeftModel, options: Options, context: dict[str, Any]) -> dict
     class AdaLora:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             # A model that divides its loss by the tokens of the whole step is not divided by the
-            # number of micro batches again: PEFT's term then counts once for each of them.
+            # number of micro batches or processes again: PEFT's term then counts once for each.
             items = kwargs.get("num_items_in_batch")
             whole = self.model_accepts_loss_kwargs and items is not None
-            parts = self.current_gradient_accumulation_steps if whole else 1
+            micro_batches = self.current_gradient_accumulation_steps
+            parts = micro_batches * self.accelerator.num_processes if whole else 1
             config.orth_reg_weight = options.orthogonality / parts
             try:
                 return super().compute_loss(model, inputs, *args, **kwargs)

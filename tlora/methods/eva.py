@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from tlora.methods import Context
+    from tlora.methods import Base, Context
 
 INITIALIZES = True
 
@@ -57,22 +57,23 @@ def reads_batches(options: Options) -> bool:
     return True
 
 
+def unfit(options: Options, base: Base) -> str | None:
+    """PEFT masks the inputs of all layers by one sequence."""
+    if base.seq2seq:
+        return "base model: is an encoder-decoder model: expected a causal one"
+    return None
+
+
 def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
     """Put PEFT's EVA adapter on the model.
 
     Raises
     ------
     UserError
-        An encoder-decoder model, batches with fewer label tokens than
-        components, or components that do not converge.
+        Batches with fewer label tokens than components, or components that do not converge.
     """
     from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{type(model).__name__}: is an encoder-decoder model: expected a causal one "
-            "(PEFT masks the inputs of all layers by one sequence)"
-        )
     batches = grouped(list(context.batches()), options.batch_size)
     components = round(context.rank * options.rho)
     tokens = max(int((batch["labels"] != -100).sum()) for batch in batches)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from tlora.methods import Context
+    from tlora.methods import Base, Context
 
 INITIALIZES = True
 
@@ -50,13 +50,24 @@ def statistics(options: Options) -> dict[str, dict]:
     return {"gradient": {}}
 
 
+def unfit(options: Options, base: Base) -> str | None:
+    """A and B take 2 r singular vectors of every gradient."""
+    for name, shape in base.targets.items():
+        if 2 * base.rank > min(shape):
+            return (
+                f"{name}: rank {base.rank}: expected at most {min(shape) // 2}, half its "
+                "smaller side"
+            )
+    return None
+
+
 def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
     """Put PEFT's LoRA-GA adapter on the model and scale it.
 
     Raises
     ------
     UserError
-        No gradient of a target, or one with fewer than 2 r singular vectors.
+        No gradient of a target.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -75,11 +86,6 @@ def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftMod
             owner = alias.get(name, name)
             if owner not in stored:
                 raise UserError(f"{path}: {name}: no gradient of this module")
-            if 2 * context.rank > min(module.weight.shape):
-                raise UserError(
-                    f"{name}: rank {context.rank}: expected at most "
-                    f"{min(module.weight.shape) // 2}, half its smaller side"
-                )
             module._peft_loraga_grad = file.get_tensor(owner).to(module.weight.device)
     config = LoraConfig(
         r=context.rank,

@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tlora.errors import UserError
-
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from tlora.methods import Context
+    from tlora.methods import Base, Context
 
 INITIALIZES = True
 
@@ -26,21 +24,18 @@ class Options:
     """OLoRA has no options."""
 
 
-def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
-    """Put PEFT's OLoRA adapter on the model.
+def unfit(options: Options, base: Base) -> str | None:
+    """PEFT decomposes the weight as it is stored: not that of a Conv1D, which is transposed."""
+    if base.conv1d:
+        name = next(iter(base.targets), "its targets")
+        return f"target_modules: {name}: is a Conv1D: expected nn.Linear"
+    return None
 
-    Raises
-    ------
-    UserError
-        Conv1D targets, whose transposed weight PEFT would decompose.
-    """
+
+def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
+    """Put PEFT's OLoRA adapter on the model."""
     from peft import LoraConfig, get_peft_model
 
-    from tlora.modules import find_targets, is_conv1d
-
-    for name, module in find_targets(model, context.target_modules).items():
-        if is_conv1d(module):
-            raise UserError(f"target_modules: {name}: is a Conv1D: expected nn.Linear")
     config = LoraConfig(
         r=context.rank,
         lora_alpha=context.lora_alpha,

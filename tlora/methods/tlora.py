@@ -89,6 +89,15 @@ def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftMod
     return build_adapter(model, allocated, subspaces, freeze_a=options.freeze_a)
 
 
+def skeleton(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
+    """Put an adapter of the allocated ranks on the model, of the same rank where none are given."""
+    from tlora.adapter import freeze_a
+    from tlora.methods import plain_lora
+
+    adapted = plain_lora(model, context)
+    return freeze_a(adapted) if options.freeze_a else adapted
+
+
 def _weight_subspaces(
     model: PreTrainedModel, ranks: dict[str, int], random: bool
 ) -> dict[str, Tensor]:

@@ -30,6 +30,17 @@ from tlora.base_model import (
     peak_memory_bytes,
     source_name,
 )
+from tlora.checkpoints import delete_torn, last_checkpoint, seal, stop_callback
+from tlora.distributed import (
+    largest_of_all,
+    launch,
+    launched,
+    processes,
+    rank,
+    split,
+    whole_state,
+    world_size,
+)
 from tlora.errors import UserError
 from tlora.probe import frozen_digests, held_out, probe
 from tlora.tasks import tokenised
@@ -47,24 +58,35 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     """Train, and write weights/, log.jsonl, train.json and what the adapter gate compares.
 
     Checkpoints, the log and the time spent so far lie in `place["work"]`, stamped with
-    `place["stamp"]`: a run of another spec, input or code starts afresh.
+    `place["stamp"]`: a run of another spec, input or code starts afresh. With `place["processes"]`
+    above 1, torchrun starts them, and each comes here again.
 
     Raises
     ------
     UserError
-        Too few samples for one optimizer step, or a loss that is not finite.
+        Too few samples for one optimizer step, a batch that does not divide, or a loss that is not
+        finite.
+    SystemExit
+        After SIGTERM or SIGUSR1, with a checkpoint to go on from.
     """
-    work = stamped(Path(place["work"]), place["stamp"])
+    work = Path(place["work"])
     samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
     order, dropped = sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
     steps = len(order) // spec["batch_size"]
-    micro = min(place.get("micro_batch") or spec["batch_size"], spec["batch_size"])
+    micro, passes = split(spec["batch_size"], place.get("micro_batch"), processes(place))
+    if not launched():
+        stamped(work, place["stamp"])
+        delete_torn(work)
+        if processes(place) > 1:
+            launch("train", spec, inputs, out, place)
+            return
 
     # Loading these takes seconds, which bad input need not wait for.
     import torch
     from safetensors.torch import save_file
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+    alone, on_cpu = world_size() == 1, not torch.cuda.is_available()
     set_seed(spec["seed"])
     method = methods.load(spec["implementation"])
     options = method.options(spec["options"])
@@ -76,7 +98,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=spec["batch_size"] // micro,
+        gradient_accumulation_steps=passes,
         max_steps=steps,
         learning_rate=spec["learning_rate"],
         lr_scheduler_type=spec["schedule"],
@@ -85,7 +107,10 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         max_grad_norm=spec["max_grad_norm"],
         seed=spec["seed"],
         bf16=spec["model"]["dtype"] == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and not alone else None,
+        ddp_find_unused_parameters=None if alone else False,
+        deepspeed=place.get("deepspeed"),
         save_strategy="steps",
         save_steps=max(1, math.ceil(steps / CHECKPOINTS)),
         save_total_limit=2,
@@ -110,22 +135,34 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
 
             return SequentialSampler(self.train_dataset)
 
+    stop = stop_callback()
+    callbacks = [_callback(log, place), stop, *extra.get("callbacks", [])]
     trainer = InOrder(
         model=model,
         args=arguments,
         train_dataset=[samples[index] for index in order],
         data_collator=lambda rows: tokenised.collate(rows, pad),
-        **{**extra, "callbacks": [_callback(log, place), *extra.get("callbacks", [])]},
+        **{**extra, "callbacks": callbacks},
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
     log.start(checkpoint)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop.listening():
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.signal and trainer.state.global_step < steps:
+        logger.warning("signal %d: stopped after step %d", stop.signal, trainer.state.global_step)
+        sys.exit(128 + stop.signal)
 
+    # With parameters spread over the processes, these two need all of them.
+    answers = probe(trainer.model, held_out(inputs["prepare"]))
+    state = whole_state(trainer)
+    peak = largest_of_all(max(peak_memory_bytes(), log.peak))
+    if rank() != 0:
+        return
     with staged(out / "weights") as temporary:
-        _save(trainer.model, temporary, place)
+        _save(trainer.model, temporary, place, state)
     with staged(out / "probe.safetensors") as temporary:
-        save_file(probe(trainer.model, held_out(inputs["prepare"])), temporary)
+        save_file(answers, temporary)
     write_text(out / "log.jsonl", (work / "log.jsonl").read_text(encoding="utf-8"))
     tokens = sum(len(samples[index]["input_ids"]) for index in order)
     seconds = log.seconds()
@@ -133,7 +170,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         out / "train.json",
         {
             "trainable_parameters": sum(
-                parameter.numel()
+                getattr(parameter, "ds_numel", parameter.numel())
                 for parameter in trainer.model.parameters()
                 if parameter.requires_grad
             ),
@@ -144,7 +181,8 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "train_seconds": seconds,
-            "peak_memory_bytes": max(peak_memory_bytes(), log.peak),
+            "processes": world_size(),
+            "peak_memory_bytes": peak,
             "final_loss": log.last_loss,
             "mean_loss": result.training_loss,
             "attempts": log.attempts,
@@ -202,22 +240,6 @@ def sample_order(count: int, batch_size: int, epochs: float, seed: int) -> tuple
     return order[: steps * batch_size], full_epochs * (count - steps_an_epoch * batch_size)
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """Return the newest whole checkpoint.
-
-    Trainer writes trainer_state.json last; a checkpoint without it is torn and is deleted.
-    """
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            remove(path)
-            continue
-        return path
-    return None
-
-
 class Log:
     """log.jsonl, and the time and memory of a run over all its attempts.
 
@@ -241,6 +263,9 @@ class Log:
 
     def start(self, checkpoint: Path | None) -> None:
         """Begin an attempt: drop the rows after the checkpoint, take over what was spent."""
+        self.started = time.perf_counter()
+        if rank() != 0:
+            return
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         rows = []
         if self.path.is_file():
@@ -257,7 +282,6 @@ class Log:
             self.spent, self.peak = known["seconds"], known["peak_memory_bytes"]
             self.attempts = known["attempts"]
         self.attempts += 1
-        self.started = time.perf_counter()
         self.keep()
 
     def seconds(self) -> float:
@@ -266,6 +290,8 @@ class Log:
 
     def keep(self) -> None:
         """Write down the cost so far, so that a killed attempt is not free."""
+        if rank() != 0:
+            return
         self.peak = max(self.peak, peak_memory_bytes())
         cost = {
             "seconds": self.seconds(),
@@ -275,7 +301,7 @@ class Log:
         write_json(self.cost, cost)
 
     def row(self, step: int, values: dict[str, float]) -> dict[str, float] | None:
-        """Append a row; returns it, or None for what is no training step.
+        """Append a row; returns it, or None for what is no training step or another process's.
 
         Raises
         ------
@@ -290,6 +316,8 @@ class Log:
                 "lower the learning rate"
             )
         self.last_loss = float(values["loss"])
+        if rank() != 0:
+            return None
         norm = float(values.get("grad_norm", math.nan))
         row = {
             "step": step,
@@ -318,6 +346,7 @@ def _callback(log: Log, place: dict[str, Any]) -> TrainerCallback:
                 live.log(row)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             log.keep()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -349,10 +378,10 @@ def _adapted(
     return method.adapt(model, options, context)
 
 
-def _save(model: Any, folder: Path, place: dict[str, Any]) -> None:
+def _save(model: Any, folder: Path, place: dict[str, Any], state: dict | None) -> None:
     """Save the adapter or the model; equal runs give equal bytes."""
     folder.mkdir(parents=True)
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)
     if hasattr(model, "peft_config"):
         from tlora.peft_folder import CONFIG, write_config
