@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 
 from tlora.distributed import launched, rank
 from tlora.errors import UserError
+from tlora.lease import held, lease_folder, stamp_of
 
 STAGES = {
     "prepare": "render, tokenise and split a task's records",
@@ -158,11 +160,19 @@ def _stage(options: argparse.Namespace) -> None:
             raise UserError(f"--input: {pair!r}: expected NAME=PATH of a file that exists")
         inputs[name] = Path(path)
     place["log"] = options.log
-    if "work" in place:
-        place["stamp"] = _stamp(options.verb, spec, inputs)
+    stamp = place["stamp"] = stamp_of(options.verb, spec, inputs)
     options.out.mkdir(parents=True, exist_ok=True)
     stage = importlib.import_module(f"tlora.stages.{options.verb}")
-    getattr(stage, options.verb)(spec, inputs, options.out, place)
+    run = functools.partial(getattr(stage, options.verb), spec, inputs, options.out, place)
+    if options.verb == "tiny_base" or (launched() and rank() > 0):
+        run()
+        return
+    with held(lease_folder(options.verb, options.out)) as claim:
+        if claim.finished_meanwhile(options.out, stamp):
+            logging.getLogger("tlora").info("another job made it meanwhile: nothing to do")
+            return
+        run()
+        claim.finish(options.out, stamp)
 
 
 def _json(option: str, text: str) -> dict[str, Any]:
@@ -170,20 +180,6 @@ def _json(option: str, text: str) -> dict[str, Any]:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{option}: {text[:60]!r}: expected JSON: {error}") from error
-
-
-def _stamp(stage: str, spec: dict, inputs: dict[str, Path]) -> str:
-    """Return what partial state must agree with: the spec, the inputs' content and the code's."""
-    import hashlib
-
-    from tlora.artefact import sha256_file
-    from tlora.code import stage_files
-    from tlora.spec import canonical
-
-    parts = [canonical(spec)]
-    parts += [f"{name} {sha256_file(path)}" for name, path in sorted(inputs.items())]
-    parts += [f"{path.name} {sha256_file(path)}" for path in stage_files(stage, spec)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _score_file(options: argparse.Namespace) -> None:
@@ -290,11 +286,11 @@ def _show(options: argparse.Namespace) -> None:
     from tlora.config import nearest
 
     plan = _plan(options, [options.preset])
-    model = options.model or plan.preset.models[0]
+    model = options.model or next(iter(plan.models))
     rows = {row.name: row for row in plan.rows}
     for kind, name, known in (
-        ("model", model, plan.preset.models),
-        ("task", options.task, plan.preset.tasks),
+        ("model", model, plan.models),
+        ("task", options.task, plan.tasks),
         ("method", options.method, rows),
     ):
         if name not in known:

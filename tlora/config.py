@@ -113,13 +113,26 @@ class Override(Strict):
     set: dict[str, Any]
 
 
-class Preset(Strict):
-    """A grid: models x tasks x methods x seeds."""
+class Grid(Strict):
+    """One of several grids of a preset; what it leaves out is the preset's."""
 
-    models: list[str] = Field(min_length=1)
-    tasks: list[str] = Field(min_length=1)
-    methods: list[str] = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
+    models: list[str] | None = Field(None, min_length=1)
+    tasks: list[str] | None = Field(None, min_length=1)
+    methods: list[str] | None = Field(None, min_length=1)
+    seeds: list[int] | None = Field(None, min_length=1)
+    vary: list[dict[str, Any]] = []
+
+
+class Preset(Strict):
+    """A grid: models x tasks x methods x seeds; or several of them."""
+
+    models: list[str] = Field([], min_length=1)
+    tasks: list[str] = Field([], min_length=1)
+    methods: list[str] = Field([], min_length=1)
+    seeds: list[int] = Field([], min_length=1)
+    grids: list[Grid] = Field(
+        [], description="{models, tasks, methods, seeds, vary}, each optional"
+    )
     calibration_seed: int = 0
     hyperparameters: Literal["shared", "own"] = "shared"
     overrides: list[Override] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -121,13 +122,18 @@ class Plan(Selection):
         return self.units.setdefault((stage, unit.id), unit)
 
     def _cells(self) -> Iterator[Cell]:
-        for model in self.preset.models:
-            for task in self.preset.tasks:
-                yield self._base(model, task)
-                for row in self.rows:
+        seen: set[tuple] = set()
+        for grid in self.grids:
+            for model, task in itertools.product(grid.models, grid.tasks):
+                if (model, task) not in seen:
+                    seen.add((model, task))
+                    yield self._base(model, task)
+                for row in grid.rows:
                     settings = self.settings(model, task, row)
-                    for seed in self.preset.seeds:
-                        yield self._cell(model, task, row, seed, settings)
+                    for seed in grid.seeds:
+                        if (model, task, row.name, seed) not in seen:
+                            seen.add((model, task, row.name, seed))
+                            yield self._cell(model, task, row, seed, settings)
 
     def _base(self, model: str, task: str) -> Cell:
         generates, scores = self._evaluations(model, task, "base")
@@ -157,7 +163,7 @@ class Plan(Selection):
             adapter = {key: value[key] for key in adapter}
             where = settings["target_modules"].source, settings["rank"].source
             check_targets(config.path, adapter["target_modules"], adapter["rank"], where)
-        asked = self._asked("methods", self.preset.methods.index(row.method))
+        asked = self._named("methods")[row.method]
         check_fit(
             method,
             options,

@@ -34,12 +34,23 @@ class Row:
     method: str
     label: str
     varied: dict[str, Any]
+    at: tuple[str | int, ...] = ("vary",)
 
     @property
     def name(self) -> str:
         """The method's name with the varied values."""
         values = ",".join(f"{key}={value}" for key, value in self.varied.items())
         return f"{self.method}({values})" if values else self.method
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Models x tasks x rows x seeds."""
+
+    models: list[str]
+    tasks: list[str]
+    rows: list[Row]
+    seeds: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +83,13 @@ class Selection:
         self.library: Library = library_of(self.document.path)
         self._check_lists()
         self.models = {
-            name: self._model(name, index) for index, name in enumerate(self.preset.models)
+            name: self._model(name, asked) for name, asked in self._named("models").items()
         }
         self.tasks = {
-            name: self.library.task(name, self._asked("tasks", index))
-            for index, name in enumerate(self.preset.tasks)
+            name: self.library.task(name, asked) for name, asked in self._named("tasks").items()
         }
         self.methods = {
-            name: self.library.method(name, self._asked("methods", index))
-            for index, name in enumerate(self.preset.methods)
+            name: self.library.method(name, asked) for name, asked in self._named("methods").items()
         }
         self.benchmarks = {
             name: self.library.benchmark(name, f"{document.where(('benchmarks',))}: benchmarks")
@@ -88,17 +97,34 @@ class Selection:
             for name in task.benchmarks
         }
         self._check_overrides()
-        self.rows = list(self._rows())
+        self.grids = list(self._grids())
+        self.rows = list({row.name: row for grid in self.grids for row in grid.rows}.values())
 
-    def _asked(self, key: str, index: int) -> str:
-        return f"{self.document.where((key, index))}: {key}"
+    def _lists(self, key: str) -> Iterator[tuple[tuple[str | int, ...], list[Any]]]:
+        """Yield what every grid lists under a key, and where."""
+        for index, grid in enumerate(self.preset.grids or [None]):
+            own = None if grid is None else getattr(grid, key)
+            yield (
+                ((key,), getattr(self.preset, key)) if own is None else (("grids", index, key), own)
+            )
+
+    def _named(self, key: str) -> dict[str, str]:
+        """Return all names under a key, with the file and line that ask for them first."""
+        found: dict[str, str] = {}
+        for at, values in self._lists(key):
+            for index, name in enumerate(values):
+                found.setdefault(name, f"{self.document.where((*at, index))}: {key}")
+        return found
 
     def _check_lists(self) -> None:
         for key in ("models", "tasks", "methods", "seeds"):
-            values = getattr(self.preset, key)
-            for index, value in enumerate(values):
-                if value in values[:index]:
-                    raise UserError(f"{self._asked(key, index)}: {value!r}: stands twice")
+            for at, values in self._lists(key):
+                if not values:
+                    raise UserError(f"{self.document.where(at)}: {key}: this key is required")
+                for index, value in enumerate(values):
+                    if value in values[:index]:
+                        where = self.document.where((*at, index))
+                        raise UserError(f"{where}: {key}: {value!r}: stands twice")
         root = self.preset.data_root
         if root is not None and not Path(root).is_dir():
             where = self.document.where(("data_root",))
@@ -106,15 +132,19 @@ class Selection:
 
     def _check_overrides(self) -> None:
         known = {
-            "models": self.preset.models,
-            "tasks": self.preset.tasks,
-            "methods": self.preset.methods,
+            "models": list(self.models),
+            "tasks": list(self.tasks),
+            "methods": list(self.methods),
             "benchmarks": list(self.benchmarks),
         }
         selections = [
             (("overrides", index), override.model_dump(exclude={"set"}))
             for index, override in enumerate(self.preset.overrides)
-        ] + [(("vary", index), entry) for index, entry in enumerate(self.preset.vary)]
+        ] + [
+            ((*at, index), entry)
+            for at, entries in self._variations()
+            for index, entry in enumerate(entries)
+        ]
         for at, selection in selections:
             for key in known:
                 for name in selection.get(key) or []:
@@ -125,31 +155,54 @@ class Selection:
                             f"{nearest(name, known[key])}"
                         )
 
-    def _model(self, name: str, index: int) -> tuple[Model, Document, dict]:
-        model, document = self.library.model(name, self._asked("models", index))
+    def _model(self, name: str, asked: str) -> tuple[Model, Document, dict]:
+        model, document = self.library.model(name, asked)
         identity = fingerprint(model.path, model.revision, document.where(("path",)))
         identity |= {"dtype": model.dtype, "architecture": model.architecture}
         return model, document, identity
 
-    def _rows(self) -> Iterator[Row]:
-        for name in self.preset.methods:
-            label = self.methods[name][0].label or name
-            entries = [
-                (index, entry)
-                for index, entry in enumerate(self.preset.vary)
-                if name in entry.get("methods", self.preset.methods)
-            ]
-            if not entries:
-                yield Row(name, label, {})
-            for index, entry in entries:
-                for key, values in entry.items():
-                    if key == "methods":
-                        continue
-                    if not isinstance(values, list):
-                        where = self.document.where(("vary", index, key))
-                        raise UserError(f"{where}: vary.{key}: {values!r}: expected a list")
-                    for value in values:
-                        yield Row(name, f"{label} ({key} = {value})", {key: value})
+    def _variations(self) -> list[tuple[tuple[str | int, ...], list[dict[str, Any]]]]:
+        """Return every list under `vary`, and where it stands."""
+        grids = enumerate(self.preset.grids)
+        return [
+            (("vary",), self.preset.vary),
+            *((("grids", index, "vary"), grid.vary) for index, grid in grids),
+        ]
+
+    def _grids(self) -> Iterator[Grid]:
+        variations = self._variations()
+        lists = [list(self._lists(key)) for key in ("models", "tasks", "methods", "seeds")]
+        for index, parts in enumerate(zip(*lists, strict=True)):
+            models, tasks, names, seeds = (values for _, values in parts)
+            own = variations[index + 1 : index + 2] if self.preset.grids else []
+            rows = [row for name in names for row in self._rows(name, [variations[0], *own])]
+            yield Grid(models, tasks, rows, seeds)
+
+    def _rows(
+        self, name: str, variations: list[tuple[tuple[str | int, ...], list[dict[str, Any]]]]
+    ) -> Iterator[Row]:
+        """Yield a method's rows: itself, or one for every value that is varied."""
+        label = self.methods[name][0].label or name
+        entries = [
+            ((*at, index), entry)
+            for at, entries in variations
+            for index, entry in enumerate(entries)
+            if name in entry.get("methods", [name])
+        ]
+        if not entries:
+            yield Row(name, label, {})
+        for at, entry in entries:
+            for key, values in entry.items():
+                if key == "methods":
+                    continue
+                if not isinstance(values, list):
+                    where = self.document.where((*at, key))
+                    raise UserError(f"{where}: vary.{key}: {values!r}: expected a list")
+                for value in values:
+                    # Under `set` a value is a mapping of what changes together.
+                    varied = value if key == "set" and isinstance(value, dict) else {key: value}
+                    shown = ", ".join(f"{key} = {value}" for key, value in varied.items())
+                    yield Row(name, f"{label} ({shown})", varied, at)
 
     def settings(self, model: str, task: str, row: Row) -> dict[str, Setting]:
         """Return every effective value of a cell with the file and line it comes from.
@@ -182,7 +235,7 @@ class Selection:
             )
             if selected:
                 layers.append((override.set, self.document, ("overrides", index, "set")))
-        layers.append((row.varied, self.document, ("vary",)))
+        layers.append((row.varied, self.document, row.at))
         layers.append((self.preset.set, self.document, ("set",)))
         for values, origin, at in layers:
             for key, value in values.items():

@@ -352,6 +352,27 @@ def test_vary_makes_a_row_of_each_value() -> None:
     assert effective("calibration_samples", names[2])[0] == 4
 
 
+def test_several_grids_are_one_comparison() -> None:
+    """Each with its own lists; what it leaves out is the preset's; a cell stands once."""
+    write("tasks/more", **yaml.safe_load(Path("config/tasks/sums.yaml").read_text()))
+    write(
+        "p",
+        drop=("tasks",),
+        grids=[
+            {"tasks": ["sums", "more"], "methods": ["full", "lora"]},
+            {"tasks": ["sums"], "methods": ["lora", "tlora"], "seeds": [1, 2]},
+            {"tasks": ["sums"], "vary": [{"methods": ["tlora"], "rank": [2, 4]}]},
+        ],
+    )
+    found = [(cell.task, cell.row.name, cell.seed) for cell in plan().cells]
+    assert len(found) == len(set(found))
+    sums = {(name, seed) for task, name, seed in found if task == "sums"}
+    assert {name for task, name, seed in found if task == "more"} == {"base", "full", "lora"}
+    assert {("lora", 1), ("lora", 2), ("tlora", 2), ("tlora(rank=2)", 1)} <= sums
+    write("p", grids=[{"methods": ["lor"]}])
+    assert "did you mean 'lora'?" in message() and "p.yaml" in message()
+
+
 def test_data_sizes_are_set_by_the_preset() -> None:
     """`data.*` reaches the task's source, and a benchmark's by an override that names it."""
     override = {"benchmarks": ["sums"], "set": {"data.test": 3, "max_new_tokens": 2}}

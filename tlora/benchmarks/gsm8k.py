@@ -1,4 +1,4 @@
-"""GSM8K: the paper's rule as headline, and a strict numeric rule beside it.
+"""GSM8K: the paper's rule as headline, a strict numeric rule and math-verify beside it.
 
 Also fits any benchmark whose answers are numbers after a marker (the embedded arithmetic task).
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from tlora.benchmarks import summarise
+from tlora.benchmarks import Context, equivalence, summarise
 from tlora.errors import UserError
 
+CONTEXT = True
 MARKER = "The answer is: "
 LONGEST = 1000
 """Characters of the longest number that is read; a longer run of digits is no answer."""
@@ -29,31 +31,55 @@ _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+(?:\.
 _EXPRESSION = re.compile(r"\s*(?:[*×^÷/:xX-]\s*[$0-9]|\+\s*[\w$(])|\s+[0-9]|[eE][-+]?[0-9]")
 
 
-def score(records: Sequence[Mapping[str, Any]], marker: str = MARKER) -> dict[str, Any]:
-    """Score completions under both rules.
+@dataclass(frozen=True)
+class Options:
+    """How a completion states its answer.
+
+    Attributes
+    ----------
+    marker
+        What stands before it.
+    """
+
+    marker: str = MARKER
+
+
+def score(
+    records: Sequence[Mapping[str, Any]],
+    options: Options | None = None,
+    context: Context | None = None,
+) -> dict[str, Any]:
+    """Score completions under all three rules.
 
     Parameters
     ----------
     records
         Each with `id`, `completion` and `reference`: a number, or a raw GSM8K answer that ends
         with `#### N`.
-    marker
-        What stands before a completion's answer.
+    options
+        How an answer is stated.
+    context
+        `workers` processes of math-verify judge at once.
 
     Returns
     -------
     dict
         Content of score.json. `correct`, `extracted` and `unextracted` follow the paper's rule,
-        `strict_correct` and `strict_extracted` of an item the strict one.
+        `strict_correct` and `strict_extracted` of an item the strict one, `math_verify_correct`
+        (None: not decided in time) and `math_verify_extracted` math-verify.
 
     Raises
     ------
     UserError
         No records, or a reference without a number.
     """
+    options, context = options or Options(), context or Context()
+    marker = options.marker
+    golds = [reference_number(record["reference"], str(record["id"])) for record in records]
+    stated = [equivalence.stated_answer(record["completion"], marker) for record in records]
+    judged = equivalence.verdicts(zip(map(_show, golds), stated, strict=True), context.workers)
     items = []
-    for record in records:
-        gold = reference_number(record["reference"], str(record["id"]))
+    for record, gold, answer, verdict in zip(records, golds, stated, judged, strict=True):
         paper = paper_number(record["completion"], marker)
         strict = strict_number(record["completion"], marker)
         items.append(
@@ -63,10 +89,11 @@ def score(records: Sequence[Mapping[str, Any]], marker: str = MARKER) -> dict[st
                 "extracted": None if paper is None else str(paper),
                 "strict_correct": strict == gold,
                 "strict_extracted": None if strict is None else _show(strict),
+                **equivalence.columns(verdict, answer),
             }
         )
-    strict = sum(item["strict_correct"] for item in items)
-    return summarise(items, {"strict_accuracy": strict / max(len(items), 1)})
+    strict = sum(item["strict_correct"] for item in items) / max(len(items), 1)
+    return summarise(items, {"strict_accuracy": strict, **equivalence.shares(judged)})
 
 
 def paper_number(completion: str, marker: str = MARKER) -> int | None:
