@@ -92,9 +92,11 @@ clean-results: ## remove results, logs and Snakemake's records (asks; YES=1 does
 	@.venv/bin/python -c 'import torch'
 	@printf '%s\n' "$(CURDIR)" > $@
 
-.venv/.dev-stamp: .venv/.core-stamp envs/dev.lock
+# Tests score generated programs and run lm_eval: the extras `code` and `lm_eval`.
+.venv/.dev-stamp: .venv/.core-stamp envs/dev.lock envs/code.lock envs/lm_eval.lock
 	@rm -f $@
-	@echo "installing envs/dev.lock"; $(PIP) install --no-deps --requirement envs/dev.lock
+	@echo "installing envs/dev.lock, envs/code.lock and envs/lm_eval.lock"
+	@$(PIP) install --no-deps $(addprefix --requirement ,$(filter %.lock,$^))
 	@.venv/bin/python -m pip check
 	@touch $@
 

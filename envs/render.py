@@ -13,7 +13,7 @@ PYTHON = "3.11"
 PIP = "25.3"
 LOCKS = {
     "core": ("core",),
-    "train": ("core", "train"),
+    "train": ("core", "train", "lm_eval"),
     "code": ("core", "code"),
     "vllm": ("vllm",),
 }

@@ -18,6 +18,8 @@ from tlora.errors import UserError
 from tlora.lease import held, lease_folder, stamp_of
 
 STAGES = {
+    "download": "fetch what a preset reads of the hub: tlora download PRESET",
+    "overlap": "look for a benchmark's test records in a task's training data",
     "prepare": "render, tokenise and split a task's records",
     "calibrate": "compute one statistic of the base model",
     "allocate": "turn a sensitivity into ranks and scalings",
@@ -79,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in STAGES.items():
         stage = verbs.add_parser(verb, help=summary, description=summary)
+        if verb == "download":
+            stage.add_argument("preset", nargs="*", type=Path, help="a preset's YAML")
+            _config_option(stage)
         if verb == "score":
             stage.add_argument("benchmark", nargs="?", help="a benchmark or a scorer")
             stage.add_argument("generations", nargs="?", type=Path, help="JSON lines")
@@ -89,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--spec", help="what to compute, as JSON")
         stage.add_argument("--input", nargs="*", default=[], metavar="NAME=PATH")
         where = "where the artefact goes"
-        stage.add_argument("--out", type=Path, required=verb != "export", help=where)
+        stage.add_argument(
+            "--out", type=Path, required=verb not in ("download", "export"), help=where
+        )
         stage.add_argument("--place", default="{}", help="where and how to compute, as JSON")
         stage.add_argument("--log", help="log file")
         stage.set_defaults(run=_stage)
@@ -141,6 +148,9 @@ def _config_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _stage(options: argparse.Namespace) -> None:
+    if options.verb == "download" and options.preset:
+        _download(options)
+        return
     if options.verb == "score" and options.benchmark is not None:
         _score_file(options)
         return
@@ -182,6 +192,23 @@ def _json(option: str, text: str) -> dict[str, Any]:
         raise UserError(f"{option}: {text[:60]!r}: expected JSON: {error}") from error
 
 
+def _download(options: argparse.Namespace) -> None:
+    """Fetch all that a preset reads, into the cache of the hub; jobs then run offline."""
+    from tlora.stages.download import download
+
+    units = _plan(options).of("download")
+    for unit in units:
+        if not unit.main.is_file():
+            unit.folder.mkdir(parents=True, exist_ok=True)
+            download(unit.spec, {}, unit.folder, {})
+        content = json.loads(unit.main.read_text(encoding="utf-8"))
+        for item in content["items"]:
+            name = item.get("repo") or item.get("url") or item["data"]
+            print(f"{item['kind']}\t{name}\t{item.get('bytes', 0):,} bytes")
+    if not units:
+        print("nothing to fetch: everything is local or embedded")
+
+
 def _score_file(options: argparse.Namespace) -> None:
     """Score any file of completions by a benchmark of config/, or by a scorer."""
     from tlora.benchmarks import Context, names
@@ -197,7 +224,11 @@ def _score_file(options: argparse.Namespace) -> None:
         implementation, scorer_options = benchmark.implementation, benchmark.options
     context = Context(place=_json("--place", options.place))
     result = score_file(implementation, options.generations, options.out, scorer_options, context)
-    metrics = ", ".join(f"{name} {value:.2%}" for name, value in result["metrics"].items())
+    shares = result["metric"] != "score"
+    metrics = ", ".join(
+        f"{name} {value:.2%}" if shares else f"{name} {value:.3f}"
+        for name, value in result["metrics"].items()
+    )
     print(
         f"{options.benchmark}: {metrics}; n = {result['n']}, "
         f"{result['unextracted']} without an answer; verdicts in {options.out}"

@@ -89,9 +89,11 @@ def stage_modules(stage: str, spec: dict) -> list[str]:
     folder = "benchmarks" if stage == "score" else "methods"
     if "implementation" in spec:
         modules.append(f"tlora.{folder}.{spec['implementation']}")
-    source = spec.get("source") or spec.get("benchmark", {}).get("source")
-    if source:
-        modules.append(f"tlora.tasks.{source}")
+    if "backend" in spec:
+        modules.append(f"tlora.generation.{spec['backend']}")
+    for part in (spec, spec.get("task", {}), spec.get("benchmark", {})):
+        if "source" in part:
+            modules.append(f"tlora.tasks.{part['source']}")
     return modules
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from tlora import benchmarks
 from tlora.errors import UserError
 
 KINDS = ("models", "tasks", "methods", "benchmarks")
@@ -139,6 +140,9 @@ class Preset(Strict):
     vary: list[dict[str, Any]] = Field([], description="{methods: [...], key: [values]}")
     set: dict[str, Any] = Field({}, description="set in every cell; wins over all else")
     data_root: str | None = Field(None, description="folder with the data, instead of the hub")
+    backend: Literal["transformers", "vllm"] = Field("transformers", description="generates")
+    server: str | None = Field(None, description="URL of a vLLM server that jobs share; placement")
+    unsafe_no_sandbox: bool = Field(False, description="run generated code without a sandbox")
 
 
 class _Loader(yaml.SafeLoader):
@@ -348,8 +352,11 @@ def module_of(document: Document, key: str, package: str, name: str) -> Any:
     UserError
         Where there is no such module, with the nearest name.
     """
-    folder = Path(__file__).parent / package
-    known = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+    if package == "benchmarks":
+        known = benchmarks.names()
+    else:
+        folder = Path(__file__).parent / package
+        known = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
     if name not in known:
         raise UserError(
             f"{document.where((key,))}: {key}: {name!r}: no module of tlora/{package}; "

@@ -94,6 +94,17 @@ def whole_state(trainer: Any) -> dict[str, Any] | None:
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling its collectives in shared memory, which only the CPU has.
+
+    That takes a compiler and a minute; without them it uses gloo. Its list of what can be compiled
+    is computed when it is first read.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 def launch(
     stage: str, spec: dict, inputs: Mapping[str, Path], out: Path, place: Mapping[str, Any]
 ) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tlora import methods, spec
 from tlora.benchmarks import Scorer
 from tlora.code import stage_files
-from tlora.config import module_of, typed
+from tlora.config import Benchmark, Task, module_of, typed
 from tlora.selection import Row, Selection, Setting
-from tlora.weights import check_fit, check_targets
+from tlora.weights import check_fit, check_targets, is_local
 
 RESULTS = Path("results")
 
 # The file of each stage that the next one is handed; it vouches for what lies beside it.
 MAIN = {
+    "download": "download.json",
+    "overlap": "overlap.json",
     "prepare": "card.json",
     "calibrate": "calibration.json",
     "allocate": "allocation.json",
@@ -42,6 +45,7 @@ class Unit:
     names: tuple[str, ...]
     inputs: dict[str, Unit]
     place: dict[str, Any]
+    after: tuple[Unit, ...] = ()
 
     @functools.cached_property
     def id(self) -> str:
@@ -92,6 +96,10 @@ class Cell:
         return self.seed is None
 
 
+def _nothing(*_: Any) -> list:
+    return []
+
+
 BASE = Row("base", "Base model (untrained)", {})
 
 
@@ -106,6 +114,7 @@ class Plan(Selection):
         super().__init__(files, command_line)
         self.units: dict[tuple[str, str], Unit] = {}
         self.cells = list(self._cells())
+        self.overlaps = self._overlaps()
 
     def _unit(
         self,
@@ -114,11 +123,15 @@ class Plan(Selection):
         names: tuple[str, ...],
         inputs: Mapping[str, Unit | None],
         place: dict[str, Any],
+        after: Iterable[Unit] = (),
     ) -> Unit:
-        """Return the unit of a spec; equal work is one unit, named after the first that asks."""
+        """Return the unit of a spec; equal work is one unit, named after the first that asks.
+
+        `after` must be made first, and decides nothing: what is fetched stands in the spec.
+        """
         present = {key: unit for key, unit in inputs.items() if unit is not None}
         plain = json.loads(spec.canonical(fields.as_dict()))
-        unit = Unit(stage, plain, names, present, place)
+        unit = Unit(stage, plain, names, present, place, tuple(after))
         return self.units.setdefault((stage, unit.id), unit)
 
     def _cells(self) -> Iterator[Cell]:
@@ -148,13 +161,15 @@ class Plan(Selection):
         value = {key: setting.value for key, setting in settings.items()}
         self._check_batch(model, task, value["batch_size"])
         place = {"model": config.path, "revision": config.revision}
-        data, files = self._data("tasks", task, shared, document, ["train", "validation", "test"])
+        fetched = self._fetched_model(model)
+        data, files = self._data("tasks", task, shared, document, ["train", "validation"])
         prepare = self._unit(
             "prepare",
             spec.Prepare(identity, shared.source, data, files, shared.prompt, value["max_length"]),
             (model, task),
             {},
             {**place, "data_root": self.preset.data_root},
+            [*fetched, *self._fetched("tasks", shared, data, ("train", "validation"))],
         )
         units = {"prepare": prepare}
         plain_options = dataclasses.asdict(options)
@@ -298,6 +313,7 @@ class Plan(Selection):
                 "prepare": prepare if reads else None,
             },
             place,
+            self._fetched_model(model),
         )
         return units
 
@@ -320,14 +336,16 @@ class Plan(Selection):
             )
             options = typed(document, ("options",), scorer.options_type, benchmark.options)
             fields = ("source", "turn_prompt", "max_new_tokens", "num_beams", "stop", "limit")
+            asked = {"data": data, **{key: getattr(benchmark, key) for key in fields}}
+            prompt, backend = benchmark.prompt or shared.prompt, self.preset.backend
+            if hasattr(importlib.import_module(f"tlora.tasks.{benchmark.source}"), "evaluate"):
+                # It has prompts and limits of its own, and an engine.
+                asked |= {"max_new_tokens": None, "stop": []}
+                prompt, backend = "", "transformers"
             generates[name] = self._unit(
                 "generate",
                 spec.Generate(
-                    identity,
-                    export.id if export else None,
-                    benchmark.prompt or shared.prompt,
-                    {"data": data, **{key: getattr(benchmark, key) for key in fields}},
-                    files,
+                    identity, export.id if export else None, prompt, asked, files, backend
                 ),
                 (model, task, method, name),
                 {"export": export},
@@ -335,7 +353,9 @@ class Plan(Selection):
                     "model": config.path,
                     "revision": config.revision,
                     "data_root": self.preset.data_root,
+                    "server": self.preset.server if backend == "vllm" else None,
                 },
+                [*self._fetched_model(model), *self._fetched("benchmarks", benchmark, data)],
             )
             scores[name] = self._unit(
                 "score",
@@ -347,9 +367,76 @@ class Plan(Selection):
                 ),
                 (model, task, method, name),
                 {"generate": generates[name], "check": check},
-                {"workers": benchmark.workers, "data_root": self.preset.data_root},
+                {
+                    "workers": benchmark.workers,
+                    "data_root": self.preset.data_root,
+                    "unsafe_no_sandbox": self.preset.unsafe_no_sandbox,
+                },
             )
         return generates, scores
+
+    def _fetched_model(self, model: str) -> list[Unit]:
+        """Return what downloads a model of the hub; nothing for a folder."""
+        config = self.models[model][0]
+        if is_local(config.path):
+            return []
+        item = {"kind": "model", "repo": config.path, "revision": config.revision}
+        return [self._download(item)]
+
+    def _fetched(
+        self,
+        kind: str,
+        config: Task | Benchmark,
+        data: dict[str, Any],
+        splits: Iterable[str] = ("test",),
+    ) -> list[Unit]:
+        """Return what downloads a source's data; nothing where it is local or embedded."""
+        module = importlib.import_module(f"tlora.tasks.{config.source}")
+        options = module.Data(**data)
+        root = None if self.preset.data_root is None else Path(self.preset.data_root)
+        items: list[dict[str, Any]] = []
+        for split in splits:
+            if module.sources(options, split, root):
+                continue
+            for repo, name, part, revision in getattr(module, "hub", _nothing)(options, split):
+                items.append(
+                    {"kind": "dataset", "repo": repo, "name": name, "split": part}
+                    | {"revision": revision}
+                )
+            for url, sha256 in getattr(module, "web", _nothing)(options, split):
+                items.append({"kind": "web", "url": url, "sha256": sha256})
+            if hasattr(module, "fetch"):
+                items.append({"kind": config.source, "data": data})
+        unique = {spec.canonical(item): item for item in items}
+        return [self._download(unique[text]) for text in sorted(unique)]
+
+    def _download(self, item: dict[str, Any]) -> Unit:
+        name = item.get("repo") or item.get("url", "").rpartition("/")[2] or item["data"]["task"]
+        names = (item["kind"], name.replace("/", "--"))
+        return self._unit("download", spec.Download([item]), names, {}, {})
+
+    def _overlaps(self) -> dict[str, dict[str, Unit]]:
+        """Return what looks for each benchmark's test records in each task's training data."""
+        found: dict[str, dict[str, Unit]] = {}
+        for task, (shared, document) in self.tasks.items():
+            data, files = self._data("tasks", task, shared, document, ["train"])
+            training = {"source": shared.source, "data": data, "files": files}
+            for name in shared.benchmarks:
+                benchmark, at = self._benchmark(name)
+                options, read = self._data("benchmarks", name, benchmark, at, ["test"])
+                tested = {"source": benchmark.source, "data": options, "files": read}
+                found.setdefault(task, {})[name] = self._unit(
+                    "overlap",
+                    spec.Overlap(training, tested),
+                    (task, name),
+                    {},
+                    {"data_root": self.preset.data_root},
+                    [
+                        *self._fetched("tasks", shared, data, ("train",)),
+                        *self._fetched("benchmarks", benchmark, options),
+                    ],
+                )
+        return found
 
     @property
     def comparison(self) -> Path:
@@ -362,7 +449,11 @@ class Plan(Selection):
             "preset": self.name,
             "cells": [self._grid_cell(cell) for cell in self.cells],
             "tasks": {
-                name: {"benchmarks": task.benchmarks} for name, (task, _) in self.tasks.items()
+                name: {
+                    "benchmarks": task.benchmarks,
+                    "overlaps": {key: str(u.main) for key, u in self.overlaps[name].items()},
+                }
+                for name, (task, _) in self.tasks.items()
             },
         }
 

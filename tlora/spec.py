@@ -35,6 +35,21 @@ class _Spec:
 
 
 @dataclass(frozen=True)
+class Download(_Spec):
+    """A repository or file that other jobs read, fetched where the hub can be reached."""
+
+    items: list
+
+
+@dataclass(frozen=True)
+class Overlap(_Spec):
+    """Test records of a benchmark that stand in a task's training data."""
+
+    task: dict
+    benchmark: dict
+
+
+@dataclass(frozen=True)
 class Prepare(_Spec):
     """Records rendered, tokenised and split."""
 
@@ -134,6 +149,7 @@ class Generate(_Spec):
     prompt: str
     benchmark: dict
     files: dict
+    backend: str
 
 
 @dataclass(frozen=True)

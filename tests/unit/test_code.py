@@ -16,14 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from tlora import cli, code, plan, spec
+from tlora import cli, code, lease, plan, spec
 from tlora.errors import UserError
 
 # Stages of a cell, each with a spec; then those of a preset, whose spec is the grid.
-CELL = ("prepare", "calibrate", "allocate", "initialize", "train", "export") + (
-    "check",
-    "generate",
-    "score",
+CELL = (
+    *("download", "prepare", "overlap", "calibrate", "allocate", "initialize", "train"),
+    *("export", "check", "generate", "score"),
 )
 PRESET = ("compare", "track")
 
@@ -193,7 +192,7 @@ def stamp(text: str, folder: Path, **fields: float) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "card.json").write_text(text)
     values = {"implementation": "lora", **fields}
-    return cli._stamp("train", values, {"prepare": folder / "card.json"})
+    return lease.stamp_of("train", values, {"prepare": folder / "card.json"})
 
 
 def test_stamp_follows_spec_and_inputs_not_paths(tmp_path: Path) -> None:

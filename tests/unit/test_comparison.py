@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import random
 import re
 import shutil
 import struct
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,34 @@ def edit(grid: Path, change) -> None:
     content = json.loads(grid.read_text())
     change(content)
     grid.write_text(json.dumps(content))
+
+
+def judge(grid: Path, levels: dict[str, float], items: int = 400) -> None:
+    """Give every score verdicts on single items: right where ease and luck exceed the level."""
+
+    def change(content: dict) -> None:
+        for cell in content["cells"]:
+            for benchmark, path in cell["scores"].items():
+                ease, luck = random.Random(benchmark), random.Random(f"{cell['method']}{path}")
+                right = NormalDist(0, 2**0.5).inv_cdf(levels[cell["method"]])
+                verdicts = [ease.gauss(0, 1) + luck.gauss(0, 1) < right for _ in range(items)]
+                value = sum(verdicts) / items
+                found = [
+                    {"id": f"{index}", "correct": verdict, "extracted": "x"}
+                    for index, verdict in enumerate(verdicts)
+                ]
+                metrics = {"accuracy": value, "strict": 0.9 * value}
+                edit(
+                    Path(path),
+                    lambda score, n=items, v=value, m=metrics, f=found: score.update(
+                        n=n, value=v, metrics=m, items=f
+                    ),
+                )
+
+    edit(grid, change)
+
+
+LEVELS = {"base": 0.02, "full": 0.55, "lora": 0.40, "pissa": 0.40, "tlora": 0.55}
 
 
 def run(grid: Path, labels: dict | None = None) -> Path:
@@ -224,6 +253,128 @@ def test_steps_logged_again_after_a_resume_count_once(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "loss": 1.9}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [row["loss"] for row in collect.read_log(tmp_path)] == [3.0, 1.9]
+
+
+# ---------------------------------------------------------------- who is better
+
+
+def judged_rows(here: Path, **given) -> tuple[Path, dict[str, dict[str, str]]]:
+    grid = make_grid(Path("results"), **{"tasks": ("choice",), "steps": 2} | given)
+    judge(grid, LEVELS)
+    folder = run(grid)
+    return folder, {row["method"]: row for row in rows_of(folder)}
+
+
+def test_the_best_and_what_is_not_distinguishable_are_marked(here: Path) -> None:
+    folder, rows = judged_rows(here, seeds=(1, 2, 3))
+    marks = {method: row["choice_test_mark"] for method, row in rows.items()}
+    assert sorted((marks.pop("full"), marks.pop("tlora"))) == ["best", "tie"]
+    assert marks == {"base": "", "lora": "worse", "pissa": "worse"}
+    lora, pissa, full = rows["lora"], rows["pissa"], rows["full"]
+    assert [row["baseline"] for row in rows.values()] == ["0", "0", "1", "0", "0"]
+    assert lora["choice_test_p_baseline"] == "" and float(pissa["choice_test_p_baseline"]) > 0.05
+    assert float(full["choice_test_p_baseline"]) < 0.001
+    gap = float(full["choice_test_mean_percent"]) - float(lora["choice_test_mean_percent"])
+    assert float(full["choice_test_minus_baseline_percent"]) == pytest.approx(gap, abs=1e-4)
+    assert rows["full"]["choice_test_compared_by"] == "crossed"
+    low, high = (float(full[f"choice_test_bootstrap_{side}_percent"]) for side in ("low", "high"))
+    assert low < float(full["choice_test_mean_percent"]) < high
+    lines = (folder / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    shown = {line[0]: line[3] for line in cells if len(line) == 8}
+    assert {shown["Full fine-tuning"][:2], shown["TLoRA"][:2]} == {"\\*", "= "}
+    assert shown["LoRA"][0].isdigit() and shown["Base model"][0].isdigit()
+    text = tables.text(folder)
+    assert re.search(r"[*=] \d\d\.\d\d ± \d\.\d\d +\d\.\d\d", text)
+    assert "not distinguishable" in text and "detectable difference" in text
+
+
+def test_one_run_each_is_compared_by_items_and_says_so(here: Path) -> None:
+    folder, rows = judged_rows(here, seeds=(1,))
+    assert rows["full"]["choice_test_compared_by"] == "mcnemar"
+    assert rows["lora"]["choice_test_mark"] == "worse"
+    width = 100 * statistics.wilson_half_width(
+        float(rows["lora"]["choice_test_mean_percent"]) / 100, 400
+    )
+    assert float(rows["lora"]["choice_test_ci95_percent"]) == pytest.approx(width, abs=1e-5)
+    assert "this says nothing of other seeds" in (folder / "table.md").read_text()
+    assert "compared by items" in tables.text(folder)
+
+
+def test_only_items_that_all_runs_have_are_compared(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), steps=2)
+    judge(grid, LEVELS)
+    path = Path(json.loads(grid.read_text())["cells"][1]["scores"]["choice_test"])
+    edit(path, lambda score: score.update(n=300, items=score["items"][100:]))
+    folder = run(grid)
+    assert {row["choice_test_compared_n"] for row in rows_of(folder)} == {"300"}
+    note = "rest on the 300 of up to 400 items that all runs have a verdict on"
+    assert note in (folder / "table.md").read_text()
+
+
+def test_another_baseline(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), steps=2)
+    judge(grid, LEVELS)
+    comparison = collect.load(grid)
+    found = {record["method"]: record for record in tables.records(comparison, "pissa")}
+    assert found["pissa"]["baseline"] == 1 and found["pissa"]["choice_test_p_baseline"] is None
+    assert found["lora"]["choice_test_p_baseline"] > 0.05
+    absent = tables.records(comparison, "dora")
+    assert all(record["choice_test_p_baseline"] is None for record in absent)
+
+
+def test_ratings_are_no_percentages_and_conversations_count_once(here: Path) -> None:
+    grid = make_grid(Path("results"), tasks=("choice",), methods=("lora", "tlora"), steps=2)
+
+    def change(content: dict) -> None:
+        for cell in content["cells"]:
+            draw = random.Random(cell["spec_id"])
+            shift = {"base": -3, "lora": 0, "tlora": 2}[cell["method"]]
+            items = [
+                {"id": f"q{q}/{turn}", "turn": turn, "correct": None, "value": value}
+                for q in range(80)
+                for turn, value in ((1, 5 + shift + draw.random()), (2, 4 + shift + draw.random()))
+            ]
+            items[0]["value"] = None  # the judge gave no rating
+            value = mean(i["value"] for i in items if i["value"] is not None)
+            score = {"n": 160, "metric": "score", "value": value, "items": items}
+            edit(
+                Path(cell["scores"]["choice_test"]),
+                lambda old, s=score: old.update(s, metrics={"score": s["value"], "turn_1": 5.0}),
+            )
+
+    edit(grid, change)
+    folder = run(grid)
+    lora, tlora = rows_of(folder)[1:]
+    assert float(lora["choice_test_mean"]) == pytest.approx(5.0, abs=0.1)
+    assert "choice_test_mean_percent" not in lora
+    assert lora["choice_test_compared_n"] == "80"
+    assert (lora["choice_test_mark"], tlora["choice_test_mark"]) == ("worse", "best")
+    assert re.search(r"\* [67]\.\d\d ± 0\.\d\d", tables.text(folder))
+    assert {entry["correct"] for entry in rows_of(folder, "ledger.csv")} == {""}
+    assert "Choice test (points)" in (folder / "table.md").read_text()
+    assert "5.00 ± 0.00" in (folder / "table.md").read_text()
+
+
+def test_ranks_over_benchmarks(demo: Path) -> None:
+    part = (demo / "table.md").read_text().partition("## Ranks")[2]
+    ranks = {
+        line.split("|")[1].strip(): [float(cell) for cell in line.split("|")[2:-1]]
+        for line in part.splitlines()
+        if line.startswith("|") and line.split("|")[2].strip()[0].isdigit()
+    }
+    means = {
+        (row["task"], row["label"]): float(row[f"{row['task']}_test_mean_percent"])
+        for row in rows_of(demo)
+        if row["base"] == "0"
+    }
+    assert set(ranks) == {label for _, label in means}
+    for label, (average, *places) in ranks.items():
+        for task, place in zip(("arithmetic", "choice"), places, strict=True):
+            better = [m for (t, _), m in means.items() if t == task and m > means[task, label]]
+            assert place == 1 + len(better)
+        assert average == pytest.approx(mean(places), abs=0.005)
+    assert "ranks" in tables.text(demo)
 
 
 # ---------------------------------------------------------------- the forms

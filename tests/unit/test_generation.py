@@ -1,5 +1,6 @@
 """Generation: the tokens of a plain greedy loop whatever the batch, stops, adapters, resuming."""
 
+import dataclasses
 import json
 import os
 import random
@@ -15,9 +16,10 @@ import pytest
 
 from tlora.artefact import sha256_tree, write_json
 from tlora.errors import UserError
-from tlora.generation import Completion, Prompt, first_stop
+from tlora.generation import Completion, Prompt, first_stop, prompt_seed
 from tlora.generation import transformers as backends
 from tlora.stages.generate import Partial, benchmark_records, generate
+from tlora.tasks import arithmetic
 from tlora.tasks.prompts import encode, encode_prompt, render
 
 torch = pytest.importorskip("torch")
@@ -189,7 +191,7 @@ def test_finished_rows_leave_and_a_finished_batch_ends() -> None:
         if len(gone) <= 13:
             ends.add(token)
     assert sum(not ends.isdisjoint(row[:30]) for row in plain) >= 8
-    backend.ends = frozenset(ends)
+    backend.rules = dataclasses.replace(backend.rules, ends=frozenset(ends))
     model.generation_config.eos_token_id = sorted(ends)
     sizes: list[int] = []
     hook = model.register_forward_pre_hook(
@@ -206,7 +208,7 @@ def test_finished_rows_leave_and_a_finished_batch_ends() -> None:
 
     sizes.clear()
     hook = model.register_forward_pre_hook(lambda module, args: sizes.append(1))
-    backend.ends = frozenset({2})
+    backend.rules = dataclasses.replace(backend.rules, ends=frozenset({2}))
     model.generation_config.eos_token_id = [2]
     everywhere = [chr(code) for code in range(33, 127)]
     run(backend, asked, 500, everywhere)
@@ -221,10 +223,10 @@ def test_stop_of_many_bytes_is_found() -> None:
     )
     backend = backends.TransformersBackend(model, tokenizer)
     ids = tokenizer("größer – 数! Größe – 数!", add_special_tokens=False)["input_ids"]
-    item = backend._completion(Prompt("a", (1,)), ids, 500, ["nowhere", "Größe – 数"])
+    item = backend.rules.completion(Prompt("a", (1,)), ids, 500, ["nowhere", "Größe – 数"])
     assert (item.text, item.finish_reason) == ("größer – 数! ", "stop")
     assert tokenizer.decode(ids[: item.completion_tokens]).endswith("Größe – 数")
-    watch = backends._Watch(backend, [500], ["Größe – 数"], start=0)
+    watch = backends._Watch(backend.rules, [500], ["Größe – 数"], start=0)
     assert watch.finished(torch.tensor([ids[: item.completion_tokens - 1]])) == [False]
     assert watch.finished(torch.tensor([ids])) == [True]
 
@@ -270,6 +272,101 @@ def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(backends.TransformersBackend, "_decode", scarce)
     assert run(backends.TransformersBackend(model, tokenizer), prompts(16), 12, []) == expected
+
+
+# Beams and temperature
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_are_those_of_one_prompt_at_a_time(kind: str) -> None:
+    model, tokenizer = tiny_model(kind, context=80), byte_tokenizer()
+    asked = [prompt for prompt in prompts(10, longest=70) if len(prompt.input_ids) < 76]
+    backend = backends.TransformersBackend(model, tokenizer, 8)
+    found = completed(backend, asked, 20, [], 4)
+    differs = 0
+    for prompt in asked:
+        limit = backend.rules.limit(prompt, 20)
+        with torch.no_grad():
+            made = model.generate(
+                input_ids=torch.tensor([prompt.input_ids]),
+                attention_mask=torch.ones(1, len(prompt.input_ids), dtype=torch.long),
+                num_beams=4,
+                max_new_tokens=limit,
+            )[0]
+        tokens = made[1:] if backend.rules.seq2seq else made[len(prompt.input_ids) :]
+        expected = backend.rules.completion(prompt, tokens.tolist(), limit, [])
+        assert found[prompt.id] == expected
+        greedy = tokenizer.decode(plain_greedy(model, prompt, limit), skip_special_tokens=True)
+        differs += greedy != expected.text
+    assert differs > 2
+    stop = [next(item.text[3:5] for item in found.values() if len(item.text) > 8)]
+    cut = completed(backend, asked, 20, stop, 4)
+    for prompt in asked:
+        at = first_stop(found[prompt.id].text, stop)
+        assert cut[prompt.id].text == found[prompt.id].text[: at if at >= 0 else None]
+        assert (cut[prompt.id].finish_reason == "stop") == (at >= 0)
+
+
+def completed(
+    backend: Any, asked: list[Prompt], new: int, stop: list[str], beams: int
+) -> dict[str, Completion]:
+    """Return all completions by id."""
+    batches = backend.generate(asked, new, stop, beams)
+    return {item.id: item for batch in batches for item in batch}
+
+
+def heated(asked: list[Prompt], temperature: float, seed: int = 0) -> list[Prompt]:
+    """Return prompts that are to be sampled."""
+    return [
+        dataclasses.replace(prompt, temperature=temperature, seed=prompt_seed(seed, prompt.id))
+        for prompt in asked
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_draws_depend_on_the_prompt_alone(kind: str) -> None:
+    model, tokenizer = tiny_model(kind), byte_tokenizer()
+    asked = prompts(12)
+    mixed = [*heated(asked[:6], 0.7), *asked[6:]]
+    stop = ["zz", "a"]
+    results = [
+        run(backends.TransformersBackend(model, tokenizer, rows), mixed, 40, stop)
+        for rows in (1, 5, 12)
+    ]
+    assert results[0] == results[1] == results[2]
+    greedy = run(backends.TransformersBackend(model, tokenizer), asked, 40, stop)
+    assert all(results[0][prompt.id] == greedy[prompt.id] for prompt in asked[6:])
+    assert any(results[0][prompt.id] != greedy[prompt.id] for prompt in asked[:6])
+    other = run(backends.TransformersBackend(model, tokenizer), heated(asked[:6], 0.7, 1), 40, stop)
+    assert any(results[0][prompt.id] != other[prompt.id] for prompt in asked[:6])
+    cold = run(backends.TransformersBackend(model, tokenizer), heated(asked, 1e-4), 40, stop)
+    assert cold == greedy
+
+
+def test_draws_follow_the_softmax() -> None:
+    model, tokenizer = tiny_model("llama"), byte_tokenizer()
+    ids, count, temperature = (1, 40, 50), 2000, 1.5
+    asked = [Prompt(str(at), ids, temperature, prompt_seed(0, str(at))) for at in range(count)]
+    backend = backends.TransformersBackend(model, tokenizer, 500)
+    drawn: list[int] = []
+    rules = dataclasses.replace(backend.rules, decode=lambda tokens: (drawn.extend(tokens), "")[1])
+    backend.rules = rules
+    run(backend, asked, 1, [])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    expected = torch.softmax(logits / temperature, -1)
+    expected[2] = 0  # the end token is no part of the text
+    found = torch.bincount(torch.tensor(drawn), minlength=259) / count
+    # Total variation of 2000 draws from some 95 tokens: 0.087 expected, far more at temperature 1.
+    assert float((found - expected).abs().sum() / 2) < 0.12
+    cooler = torch.softmax(logits, -1)
+    assert float((found - cooler).abs().sum() / 2) > 0.15
+
+
+def test_beams_with_a_temperature_are_refused() -> None:
+    backend = backends.TransformersBackend(tiny_model("llama"), byte_tokenizer())
+    with pytest.raises(UserError, match=r"'p1': temperature: 0.5: expected 0 with num_beams: 2"):
+        backend.generate([*prompts(1), *heated(prompts(2), 0.5)[1:]], 5, [], 2)
 
 
 # The stage
@@ -448,8 +545,8 @@ def test_lost_and_doubled_completions_are_refused(
         monkeypatch.setattr(
             backends.TransformersBackend,
             "generate",
-            lambda self, asked, new, stop, wrong=wrong: iter(
-                [wrong(decode(self, list(asked), 2, []))]
+            lambda self, asked, new, stop, beams, wrong=wrong: iter(
+                [wrong(decode(self, list(asked), 2, [], beams))]
             ),
         )
         with pytest.raises(RuntimeError, match=message):
@@ -458,8 +555,6 @@ def test_lost_and_doubled_completions_are_refused(
 
 
 def test_bad_benchmarks_are_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlora.tasks import arithmetic
-
     record = {"id": "a", "instruction": "", "response": "", "reference": "1"}
     monkeypatch.setattr(arithmetic, "load", lambda *args: [record, record])
     with pytest.raises(UserError, match="arithmetic: id: 'a': stands twice"):
@@ -472,6 +567,201 @@ def test_bad_benchmarks_are_named(base: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_run_without_its_export_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="export: 0123: the input is None"):
         generate({**SPEC, "export": "0123"}, {}, tmp_path, place(base, tmp_path / "work"))
+
+
+def test_own_prompt_of_a_benchmark_counts(base: Path, tmp_path: Path) -> None:
+    benchmark = {**SPEC["benchmark"], "limit": 2, "prompt": "Q: {instruction}\nA:"}
+    generate({**SPEC, "benchmark": benchmark}, {}, tmp_path, place(base, tmp_path / "work"))
+    records = benchmark_records(SPEC["benchmark"], None)[:2]
+    expected = [f"Q: {record['instruction']}\nA:" for record in records]
+    assert [row["prompt"] for row in lines(tmp_path)] == expected
+
+
+def test_unknown_backends_and_idle_servers_are_refused(base: Path, tmp_path: Path) -> None:
+    where = place(base, tmp_path / "work")
+    with pytest.raises(UserError, match=r"backend: 'vlm': expected one of transformers, vllm"):
+        generate({**SPEC, "backend": "vlm"}, {}, tmp_path, where)
+    with pytest.raises(UserError, match=r"server: backend: 'transformers': expected 'vllm'"):
+        generate(SPEC, {}, tmp_path, {**where, "server": "http://localhost:1"})
+    seq2seq = {**SPEC["model"], "architecture": "seq2seq"}
+    with pytest.raises(UserError, match=r"architecture: 'seq2seq': expected 'causal'"):
+        generate({**SPEC, "model": seq2seq, "backend": "vllm"}, {}, tmp_path, where)
+
+
+# Dialogues
+
+TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:"
+
+
+def dialogues(context: int = 512) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return records of one to three turns with and without temperature, and their spec."""
+    rng = random.Random(1)
+    records: list[dict[str, Any]] = []
+    for at in range(9):
+        turns = [f"{at} {'x' * rng.randrange(30)} turn {n}" for n in range(1, at % 3 + 2)]
+        record = {"id": f"r{at}", "instruction": turns[0], "response": "", "reference": [at]}
+        if at:
+            record["turns"] = turns
+        if at % 2:
+            record["temperature"] = 0.7
+        records.append(record)
+    benchmark = {**SPEC["benchmark"], "turn_prompt": TURN, "stop": [], "max_new_tokens": 12}
+    return records, {**SPEC, "benchmark": benchmark}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records and the spec of dialogues, which the stage reads in place of problems."""
+    records, spec = dialogues()
+    monkeypatch.setattr(arithmetic, "load", lambda *args: records)
+    monkeypatch.setitem(backends.ROWS, "cpu", 3)
+    return records, spec
+
+
+def test_dialogues_have_a_row_a_turn(base: Path, tmp_path: Path, told: Any) -> None:
+    records, spec = told
+    generate(spec, {}, tmp_path, place(base, tmp_path / "work"))
+    rows = {row["id"]: row for row in lines(tmp_path)}
+    names = ["r0"]
+    names += [f"r{at}/{n}" for at in range(1, 9) for n in range(1, len(records[at]["turns"]) + 1)]
+    assert list(rows) == names
+    assert "turn" not in rows["r0"]
+    for record in records[1:]:
+        said = ""
+        for number, instruction in enumerate(record["turns"], 1):
+            row = rows[f"{record['id']}/{number}"]
+            template = TEMPLATE if number == 1 else TURN
+            said += template.replace("{instruction}", instruction)
+            assert row["prompt"] == said
+            assert (row["turn"], row["reference"]) == (number, record["reference"])
+            assert row["prompt_tokens"] == len(encode_prompt(byte_tokenizer(), said))
+            said += row["completion"]
+    seeded = {**spec, "benchmark": {**spec["benchmark"], "seed": 5}}
+    generate(seeded, {}, tmp_path / "seed", place(base, tmp_path / "work"))
+    others = {row["id"]: row for row in lines(tmp_path / "seed")}
+    for record in records:
+        first = record["id"] + ("/1" if "turns" in record else "")
+        same = others[first]["completion"] == rows[first]["completion"]
+        assert same == ("temperature" not in record)
+
+
+@pytest.mark.parametrize("batches", range(1, 7))
+def test_dialogues_go_on_from_every_batch(
+    base: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    _, spec = told
+    generate(spec, {}, tmp_path / "whole", place(base, tmp_path / "work"))
+    decode, left = backends.TransformersBackend._decode, [batches]
+
+    def dying(self: Any, *args: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return decode(self, *args)
+
+    monkeypatch.setattr(backends.TransformersBackend, "_decode", dying)
+    with pytest.raises(KeyboardInterrupt):
+        generate(spec, {}, tmp_path / "out", place(base, tmp_path / "work"))
+    kept = (tmp_path / "work/partial.jsonl").read_bytes().count(b"\n")
+    assert kept == batches
+    left[0] = 7 - batches
+    generate(spec, {}, tmp_path / "out", place(base, tmp_path / "work"))
+    assert left[0] == 0
+    names = [tmp_path / name / "generations.jsonl" for name in ("whole", "out")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_a_later_turn_of_another_dialogue_starts_afresh(
+    base: Path, tmp_path: Path, told: Any
+) -> None:
+    _, spec = told
+    generate(spec, {}, tmp_path / "whole", place(base, tmp_path / "work"))
+    partial = Partial(tmp_path / "work", "stamp")
+    forged = [Completion("r2/3", "forged", "eos", 9, 1), Completion("r2/1", "f", "eos", 48, 1)]
+    partial.add(forged, 1.0, 1)
+    generate(spec, {}, tmp_path / "out", place(base, tmp_path / "work"))
+    names = [tmp_path / name / "generations.jsonl" for name in ("whole", "out")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_a_dialogue_that_fills_the_context_ends_there(
+    tmp_path: Path, told: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    records, spec = told
+    model = tiny_model("llama", context=150)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    generate(spec, {}, tmp_path, place(tmp_path / "base", tmp_path / "work"))
+    rows = lines(tmp_path)
+    full = [row for row in rows if row["prompt_tokens"] >= 150]
+    assert full and all(row["turn"] > 1 for row in full)
+    for row in full:
+        assert (row["completion"], row["finish_reason"]) == ("", "length")
+        assert row["completion_tokens"] == 0
+    assert len(rows) == 1 + sum(len(record["turns"]) for record in records[1:])
+    assert "dialogues fill the context before turn" in caplog.text
+
+
+def test_bad_dialogues_are_named(base: Path, tmp_path: Path, told: Any) -> None:
+    records, spec = told
+    where = place(base, tmp_path / "work")
+    bare = {**spec, "benchmark": {**spec["benchmark"], "turn_prompt": None}}
+    with pytest.raises(UserError, match=r"turn_prompt: none: .* item 'r1' has 2 turns"):
+        generate(bare, {}, tmp_path, where)
+    records[0]["id"] = "r2/1"
+    with pytest.raises(UserError, match=r"'r2/1': stands twice"):
+        generate(spec, {}, tmp_path, where)
+    records[0] |= {"id": "r0", "temperature": -1}
+    with pytest.raises(UserError, match=r"'r0': temperature: -1: expected 0 or more"):
+        generate(spec, {}, tmp_path, where)
+    records[0] |= {"temperature": None, "turns": []}
+    with pytest.raises(UserError, match=r"'r0': turns: \[\]: expected at least one"):
+        generate(spec, {}, tmp_path, where)
+
+
+# The command, killed
+
+
+@pytest.mark.slow
+def test_killed_command_goes_on_and_gives_the_same_file(root: Path, tmp_path: Path) -> None:
+    benchmark = {
+        "source": "arithmetic",
+        "data": {"seed": 3, "train": 1, "validation": 0, "test": 600},
+        "max_new_tokens": 40,
+        "stop": [],
+        "limit": None,
+    }
+    identity = {"sha256": "0", "dtype": "float32", "architecture": "causal"}
+    spec = {**SPEC, "model": identity, "benchmark": benchmark}
+
+    def command(name: str) -> list[str]:
+        where = {
+            "model": str(root / "workflow/resources/tiny"),
+            "threads": 1,
+            "work": str(tmp_path / f"{name}.work"),
+        }
+        texts = ["--spec", json.dumps(spec), "--place", json.dumps(where)]
+        return [sys.executable, "-m", "tlora.cli", "generate", *texts, "--out", tmp_path / name]
+
+    subprocess.run(command("whole"), cwd=root, check=True, timeout=300)
+    expected = (tmp_path / "whole/generations.jsonl").read_bytes()
+    assert expected.count(b"\n") == 600
+    partial = tmp_path / "killed.work/partial.jsonl"
+    kept = 0
+    for least in (3, 8):
+        child = subprocess.Popen(command("killed"), cwd=root)
+        deadline = time.monotonic() + 300
+        while not (partial.is_file() and partial.read_bytes().count(b"\n") >= least):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        assert kept < partial.read_bytes().count(b"\n") < 19
+        kept = partial.read_bytes().count(b"\n")
+        assert not (tmp_path / "killed/generations.jsonl").exists()
+    subprocess.run(command("killed"), cwd=root, check=True, timeout=300)
+    assert (tmp_path / "killed/generations.jsonl").read_bytes() == expected
+    assert not partial.parent.exists()
 
 
 def test_bfloat16_goes_through(base: Path, tmp_path: Path) -> None:

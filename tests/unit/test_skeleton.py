@@ -19,10 +19,19 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-LOCKS = ("core", "dev", "train", "code", "vllm")
-ON_TOP = {"dev": "core", "train": "core", "code": "core"}
+LOCKS = ("core", "dev", "train", "code", "lm_eval", "vllm")
+ON_TOP = {"dev": "core", "train": "core", "code": "core", "lm_eval": "core"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "mlflow", "snakemake")
-STAGES = {"prepare", "calibrate", "allocate", "initialize", "train", "export"} | {
+STAGES = {
+    "download",
+    "prepare",
+    "overlap",
+    "calibrate",
+    "allocate",
+    "initialize",
+    "train",
+    "export",
+} | {
     "check",
     "generate",
     "score",
@@ -69,7 +78,7 @@ def test_locks_on_top_repeat_nothing(root: Path, lock: str, below: str) -> None:
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-@pytest.mark.parametrize("lock", ["core", "dev"])
+@pytest.mark.parametrize("lock", ["core", "dev", "code", "lm_eval"])
 def test_lock_is_closed(root: Path, lock: str, python: str) -> None:
     """Every requirement of a locked package is locked, in a version that satisfies it."""
     locked = pins(root, "core") | pins(root, lock)
@@ -93,9 +102,10 @@ def test_installed_versions_are_the_locked_ones(root: Path) -> None:
     ours = Path(sys.prefix).resolve() == (root / ".venv").resolve()
     if not ours or not (root / ".venv/.dev-stamp").exists():
         pytest.skip("not the environment that make installs")
+    locked = pins(root, "core") | pins(root, "dev") | pins(root, "code") | pins(root, "lm_eval")
     different = {
         name: (importlib.metadata.version(name), version)
-        for name, version in (pins(root, "core") | pins(root, "dev")).items()
+        for name, version in locked.items()
         if importlib.metadata.version(name).split("+")[0] != version
     }
     assert not different
@@ -107,6 +117,8 @@ def test_extras_are_pinned_as_locked(root: Path) -> None:
         "dev": pins(root, "dev"),
         "deepspeed": pins(root, "train"),
         "code": pins(root, "code"),
+        "judge": pins(root, "code"),
+        "lm_eval": pins(root, "lm_eval"),
         "vllm": pins(root, "vllm"),
     }
     extras = project(root)["project"]["optional-dependencies"]
@@ -152,7 +164,7 @@ def test_links_and_profiles(root: Path) -> None:
     slurm = yaml.safe_load((root / "slurm/config.yaml").read_text())
     assert not default.keys() & slurm.keys(), "profiles/default would replace these keys"
     assert {"executor", "jobs", "slurm-status-command"} <= slurm.keys()
-    assert slurm["set-resources"].keys() >= STAGES
+    assert slurm["set-resources"].keys() >= STAGES - {"download"}
     for resources in slurm["set-resources"].values():
         assert "gpus" not in resources
 
@@ -181,7 +193,8 @@ def bare(root: Path, tmp_path: Path) -> Path:
     """A folder, its name with a space, that holds what `make` reads."""
     folder = tmp_path / "with space"
     (folder / "envs").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "envs/core.lock", "envs/dev.lock"):
+    locks = [f"envs/{lock}.lock" for lock in ("core", "dev", "code")]
+    for name in ("Makefile", "pyproject.toml", *locks):
         (folder / name).write_bytes((root / name).read_bytes())
     return folder
 

@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from tlora.artefact import read_json
-from tlora.comparison.statistics import Summary, summarise, wilson_half_width
+from tlora.comparison.statistics import Summary, summarise
 from tlora.errors import UserError
 
 
 @dataclass(frozen=True)
 class Score:
-    """What score.json says, without its items. `value` and `metrics` are shares, 0 to 1."""
+    """What score.json says.
+
+    Attributes
+    ----------
+    value, metrics
+        Shares (0 to 1), or in the benchmark's own unit where `share` is false.
+    verdicts
+        What the headline metric says of every item, by id; the mean over its turns for a
+        conversation. Items without a verdict are absent.
+    """
 
     path: str
     value: float
@@ -27,6 +36,8 @@ class Score:
     metric: str
     metrics: dict[str, float]
     unextracted: int
+    verdicts: dict[str, float] = field(default_factory=dict)
+    share: bool = True
 
     @property
     def further(self) -> dict[str, float]:
@@ -91,7 +102,7 @@ class Row:
         return [run.scores[benchmark] for run in self.runs if run.failure(benchmark) is None]
 
     def accuracy(self, benchmark: str) -> Summary:
-        """Return mean and spread over seeds of the benchmark's headline metric (0 to 1)."""
+        """Return mean and spread over seeds of the benchmark's headline metric."""
         return summarise([score.value for score in self.scores(benchmark)])
 
     def further(self, benchmark: str, metric: str) -> Summary:
@@ -106,11 +117,6 @@ class Row:
     def items(self, benchmark: str) -> list[int]:
         """Return the distinct numbers of scored items, ascending; usually one."""
         return sorted({score.n for score in self.scores(benchmark)})
-
-    def half_width(self, benchmark: str) -> float | None:
-        """Return the 95 % half-width from the items alone (0 to 1) at the row's mean."""
-        mean, items = self.accuracy(benchmark).mean, self.items(benchmark)
-        return None if mean is None else wilson_half_width(mean, items[0])
 
     def failed(self, benchmark: str | None = None) -> int:
         """Return how many runs have no number for `benchmark` (None: for at least one)."""
@@ -184,6 +190,10 @@ class Section:
         """Return the names of the benchmark's metrics beside the headline one, sorted."""
         names = {m for row in self.rows for s in row.scores(benchmark) for m in s.further}
         return sorted(names)
+
+    def share(self, benchmark: str) -> bool:
+        """Tell whether the headline metric is a share, which is shown in percent."""
+        return all(score.share for row in self.rows for score in row.scores(benchmark))
 
 
 @dataclass(frozen=True)
@@ -322,12 +332,15 @@ def parse_score(content: dict[str, Any], path: str) -> Score:
     Raises
     ------
     UserError
-        When the value is no share of at least one item.
+        When there is no item, or the value is neither a share nor a mean of what stands in items.
     """
     value, n = content.get("value"), content.get("n")
     if not isinstance(n, int) or n < 1:
         raise UserError(f"{path}: n: {n!r}: expected at least one scored item")
-    if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+    verdicts = _verdicts(content.get("items", []))
+    share = all(0.0 <= verdict <= 1.0 for verdict in verdicts.values())
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not number or (share and not 0.0 <= value <= 1.0):
         raise UserError(f"{path}: value: {value!r}: expected a share between 0 and 1")
     return Score(
         path=path,
@@ -336,7 +349,21 @@ def parse_score(content: dict[str, Any], path: str) -> Score:
         metric=content.get("metric", "accuracy"),
         metrics={name: float(number) for name, number in content.get("metrics", {}).items()},
         unextracted=int(content.get("unextracted", 0)),
+        verdicts=verdicts,
+        share=share,
     )
+
+
+def _verdicts(items: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the headline metric's verdict on every item, on every conversation as a whole."""
+    turns: dict[str, list[float]] = {}
+    for item in items:
+        verdict = item["value"] if item.get("value") is not None else item.get("correct")
+        if verdict is not None:
+            name = str(item["id"])
+            whole = name.rpartition("/")[0] if "turn" in item else name
+            turns.setdefault(whole, []).append(float(verdict))
+    return {name: math.fsum(found) / len(found) for name, found in turns.items()}
 
 
 def read_log(folder: Path) -> tuple[dict[str, Any], ...]:

@@ -26,8 +26,9 @@ TRAINING = (
 def entries(comparison: Comparison) -> list[dict[str, Any]]:
     """Return one entry per run and benchmark, in the order of the sections, rows and seeds.
 
-    `value` and the metrics are shares (0 to 1) as in score.json; `correct` is the number of items
-    that this share stands for; `status` is `ok` or the reason why there is no number.
+    `value` and the metrics are as in score.json: shares (0 to 1), or in the benchmark's own unit;
+    `correct` is the number of items that a share stands for; `status` is `ok` or the reason why
+    there is no number.
     """
     found = []
     for section in comparison.sections:
@@ -58,7 +59,7 @@ def _entry(run: Run, benchmark: str, metrics: list[str]) -> dict[str, Any]:
         "metric": score.metric if score else None,
         "value": score.value if score else None,
         "n": score.n if score else None,
-        "correct": round(score.value * score.n) if score else None,
+        "correct": round(score.value * score.n) if score and score.share else None,
         "unextracted": score.unextracted if score else None,
     }
     if score:

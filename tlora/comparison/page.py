@@ -14,7 +14,18 @@ from pathlib import Path
 
 from tlora.comparison.collect import Comparison, Section
 from tlora.comparison.plots import Picture
-from tlora.comparison.tables import Column, Record, detail_columns, main_columns, notes, split
+from tlora.comparison.published import NOTHING_PUBLISHED, Ledger
+from tlora.comparison.tables import (
+    PUBLISHED_NOTE,
+    Column,
+    Record,
+    detail_columns,
+    main_columns,
+    notes,
+    published_columns,
+    rank_columns,
+    split,
+)
 
 STYLE = """
 :root { color-scheme: light; --ink: #1a1a1a; --soft: #555; --line: #cfcfcf; --band: #f4f6f8; }
@@ -41,7 +52,11 @@ details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
 
 
 def to_html(
-    comparison: Comparison, found: list[Record], pictures: Sequence[Picture], plots: Path
+    comparison: Comparison,
+    found: list[Record],
+    pictures: Sequence[Picture],
+    plots: Path,
+    published: Ledger = NOTHING_PUBLISHED,
 ) -> str:
     """Return the page.
 
@@ -55,6 +70,8 @@ def to_html(
         The plots that exist.
     plots
         The folder that their paths are relative to; the page links to it as `plots/`.
+    published
+        Published numbers of the same models and benchmarks.
     """
     title = f"Comparison {comparison.preset}"
     parts = [
@@ -79,6 +96,14 @@ def to_html(
     for section, mine in split(comparison, found):
         shown = [p for p in pictures if (p.task, p.model) == (section.task, section.model)]
         parts += _section(section, mine, comparison.labels, shown, plots)
+    ranks = rank_columns(found, comparison.labels)
+    if ranks:
+        parts += ["<h2>Ranks</h2>", _table(ranks, "Ranks over all benchmarks; 1: highest mean", 0)]
+    if published.rows:
+        columns = published_columns(published.rows, comparison.labels)
+        texts = [PUBLISHED_NOTE, *(f"{doubt.kind}: {doubt.text}" for doubt in published.doubts)]
+        parts += ["<h2>Published numbers</h2>", _table(columns, "Published beside ours", 1)]
+        parts.append(f'<ul class="notes">{"".join(map(_note, texts))}</ul>')
     return "\n".join([*parts, "</main></body></html>", ""])
 
 
@@ -95,13 +120,13 @@ def _section(
         f'<section aria-labelledby="{_anchor(section)}">',
         f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>',
         _table(
-            main_columns(found, labels, answers=False),
+            main_columns(found, labels, details=False),
             f"Fine-tuning methods on {section.title}: accuracy (mean ± standard deviation over "
-            "seeds) and costs of one run",
+            "seeds) and costs of one run; *: highest mean, =: not distinguishable from it",
             0,
             base,
         ),
-        f'<ul class="notes">{"".join(map(_note, notes(section, labels, digits=None)))}</ul>',
+        f'<ul class="notes">{"".join(map(_note, notes(section, found, labels, digits=None)))}</ul>',
         "<h3>Per benchmark</h3>",
         _table(detail_columns(section, found, labels), "Every metric of every benchmark", 2),
         *_settings(section),

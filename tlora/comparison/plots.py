@@ -182,6 +182,7 @@ def _accuracy(
     section: Section, benchmark: str, label: str, looks: dict[str, Look], folder: Path
 ) -> Picture:
     figure, axes = _figure(7.2, 4.2)
+    scale, unit = (100, " %") if section.share(benchmark) else (1, "")
     shown = [r for r in section.rows if r.trainable_parameters and r.scores(benchmark)]
     sizes = [float(row.trainable_parameters or 0) for row in shown]
     places = dodge(sizes)
@@ -189,11 +190,11 @@ def _accuracy(
     for row, place in zip(shown, places, strict=True):
         accuracy = row.accuracy(benchmark)
         look = looks[row.label]
-        mean, std = 100 * (accuracy.mean or 0), accuracy.std
+        mean, std = scale * (accuracy.mean or 0), accuracy.std
         axes.errorbar(
             place,
             mean,
-            yerr=None if std is None else 100 * std,
+            yerr=None if std is None else scale * std,
             color=look.colour,
             marker=look.marker,
             markersize=8,
@@ -203,20 +204,20 @@ def _accuracy(
             capsize=4,
             label=row.label,
         )
-        told.append(f"{row.label} {mean:.2f} % with {row.trainable_parameters:,} parameters")
+        told.append(f"{row.label} {mean:.2f}{unit} with {row.trainable_parameters:,} parameters")
     for row in section.rows:
         mean = row.accuracy(benchmark).mean
         if row.base and mean is not None:
             line = {"color": "#555555", "linestyle": "--", "linewidth": 1.2}
-            axes.axhline(100 * mean, label=row.label, **line)
-            told.insert(0, f"{row.label} {100 * mean:.2f} %")
+            axes.axhline(scale * mean, label=row.label, **line)
+            told.insert(0, f"{row.label} {scale * mean:.2f}{unit}")
     axes.set_xscale("log")
     low, high = min(places), max(places)
     margin = max(1.5, (high / low) ** 0.1)
     axes.set_xlim(low / margin, high * margin)
     _count_axis(axes)
     axes.set_xlabel("Trainable parameters (logarithmic)")
-    axes.set_ylabel(f"{label} (%)")
+    axes.set_ylabel(f"{label} (%)" if unit else f"{label} (points)")
     bars = any(row.accuracy(benchmark).std is not None for row in shown)
     first = "Bars: ± one standard deviation over seeds" if bars else "One seed: no error bars"
     apart = "; nearly equal counts are drawn side by side" if places != sizes else ""

@@ -6,11 +6,22 @@ inputs give equal bytes.
 Columns of table.csv
 --------------------
 One row per model, task and method. `seeds`: runs with a seed that did not fail; `failed`: runs
-without some number. For every benchmark B: `B_mean_percent`, `B_std_percent` (sample standard
-deviation over seeds), `B_ci95_percent` (95 % half-width from the items alone), `B_n` (items of one
-run), `B_unextracted_percent`, `B_failed` (runs without this number), and `B_{metric}_mean_percent`
-for further metrics. Costs are means over seeds (`peak_memory_bytes`: the maximum) of one run.
-An empty field: does not apply, or no number.
+without some number; `baseline`: 1 for the row that the others are compared with. For every
+benchmark B:
+
+- `B_mean_percent`, `B_std_percent` (sample standard deviation over seeds), `B_ci95_percent` (95 %
+  half-width over seeds and items), `B_bootstrap_low_percent`, `B_bootstrap_high_percent` (95 %
+  interval of the hierarchical bootstrap), `B_n` (items of one run), `B_unextracted_percent`,
+  `B_failed` (runs without this number), `B_{metric}_mean_percent` for further metrics;
+- `B_mark`: `best`, `tie` (not distinguishable from the best) or `worse`; `B_minus_best_percent`,
+  `B_minus_best_ci95_percent`, `B_p_best`, and the same with `baseline`: difference, its 95 %
+  half-width and p-value, the latter corrected for all such comparisons of the table;
+- `B_compared_by`: `crossed` (seeds and items), or `mcnemar`, `items` (one run each);
+  `B_compared_n`: items that the comparison rests on; `B_detectable_percent`: the least difference
+  that it finds in 80 % of cases.
+
+A metric that is no share has no `_percent` in its columns' names. Costs are means over seeds
+(`peak_memory_bytes`: the maximum) of one run. An empty field: does not apply, or no number.
 """
 
 from __future__ import annotations
@@ -18,13 +29,27 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tlora.comparison.collect import Comparison, Row, Section
-from tlora.comparison.statistics import summarise, wilson_half_width
+from tlora.comparison.published import NOTHING_PUBLISHED, Ledger
+from tlora.comparison.statistics import (
+    Analysis,
+    Difference,
+    analyse,
+    bootstrap_intervals,
+    mean_ranks,
+    summarise,
+    wilson_half_width,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WIDTH = 120
 """Columns of a terminal that `text` stays within."""
@@ -33,6 +58,12 @@ TEX_WIDTH = 84
 """Letters of a LaTeX table's line: what fits the default text width in footnote size."""
 
 DASH = "–"
+
+BASELINE = "lora"
+"""The method that all others are compared with, where a table has it."""
+
+MARKS = {"best": "* ", "tie": "= "}
+"""What stands before a number."""
 
 Record = dict[str, Any]
 
@@ -55,17 +86,62 @@ class Column:
 # ---------------------------------------------------------------- records
 
 
-def records(comparison: Comparison) -> list[Record]:
-    """Return the rows of table.csv as plain numbers and strings; None where there is nothing."""
+def records(comparison: Comparison, baseline: str = BASELINE) -> list[Record]:
+    """Return the rows of table.csv as plain numbers and strings; None where there is nothing.
+
+    `baseline` is the name of the method that all others of its table are compared with.
+    """
     return [
-        _record(row, section.benchmarks, {b: section.metrics(b) for b in section.benchmarks})
-        for section in comparison.sections
-        for row in section.rows
+        record for section in comparison.sections for record in _section_records(section, baseline)
     ]
 
 
-def _record(row: Row, benchmarks: Sequence[str], metrics: dict[str, list[str]]) -> Record:
-    record: Record = {
+def verdicts(section: Section, benchmark: str) -> dict[str, NDArray[np.float64]]:
+    """Return the verdicts of every row's runs on the items that all runs have been scored on.
+
+    Returns
+    -------
+    dict
+        Arrays (runs, items) by the place of the row in its section, as text; without the rows
+        that have no verdicts.
+    """
+    rows = {
+        str(place): [score.verdicts for score in row.scores(benchmark) if score.verdicts]
+        for place, row in enumerate(section.rows)
+    }
+    runs = [run for found in rows.values() for run in found]
+    if not runs:
+        return {}
+    shared = set.intersection(*(set(run) for run in runs))
+    items = [item for item in runs[0] if item in shared]
+    return {
+        place: np.array([[run[item] for item in items] for run in found], dtype=float)
+        for place, found in rows.items()
+        if found and items
+    }
+
+
+def _section_records(section: Section, baseline: str) -> list[Record]:
+    methods = [row.method for row in section.rows]
+    compared = str(methods.index(baseline)) if baseline in methods else None
+    bases = [str(place) for place, row in enumerate(section.rows) if row.base]
+    samples = {name: verdicts(section, name) for name in section.benchmarks}
+    analyses = analyse(samples, compared, bases)
+    intervals = {name: bootstrap_intervals(found) for name, found in samples.items()}
+    found = []
+    for place, row in enumerate(section.rows):
+        record = _identity(row) | {"baseline": int(str(place) == compared)}
+        record["trainable_parameters"] = row.trainable_parameters
+        for name in section.benchmarks:
+            record |= _benchmark_record(section, row, name)
+            bounds = intervals[name].get(str(place), (None, None))
+            record |= _compared(section, name, analyses[name], str(place), bounds)
+        found.append(record | _cost_record(row))
+    return found
+
+
+def _identity(row: Row) -> Record:
+    return {
         "model": row.model,
         "task": row.task,
         "method": row.method,
@@ -74,22 +150,61 @@ def _record(row: Row, benchmarks: Sequence[str], metrics: dict[str, list[str]]) 
         "runs": len(row.runs),
         "seeds": len(row.seeds),
         "failed": row.failed(),
-        "trainable_parameters": row.trainable_parameters,
     }
-    for name in benchmarks:
-        accuracy = row.accuracy(name)
-        record |= {
-            f"{name}_mean_percent": _percent(accuracy.mean),
-            f"{name}_std_percent": _percent(accuracy.std),
-            f"{name}_ci95_percent": _percent(row.half_width(name)),
-            f"{name}_n": next(iter(row.items(name)), None),
-            f"{name}_unextracted_percent": _percent(row.unextracted(name)),
-            f"{name}_failed": row.failed(name),
-        }
-        for metric in metrics[name]:
-            mean = row.further(name, metric).mean
-            record[f"{name}_{metric}_mean_percent"] = _percent(mean)
-    return record | {
+
+
+def _benchmark_record(section: Section, row: Row, name: str) -> Record:
+    accuracy, share = row.accuracy(name), section.share(name)
+    record: Record = {
+        _key(name, "mean", share): _scaled(accuracy.mean, share),
+        _key(name, "std", share): _scaled(accuracy.std, share),
+        f"{name}_n": next(iter(row.items(name)), None),
+        f"{name}_unextracted_percent": _scaled(row.unextracted(name)),
+        f"{name}_failed": row.failed(name),
+    }
+    for metric in section.metrics(name):
+        mean = row.further(name, metric).mean
+        record[_key(name, f"{metric}_mean", share)] = _scaled(mean, share)
+    return record
+
+
+def _compared(
+    section: Section,
+    name: str,
+    analysis: Analysis,
+    place: str,
+    bounds: tuple[float | None, float | None],
+) -> Record:
+    share = section.share(name)
+    one = analysis.methods.get(place)
+    width = one.half_width if one else None
+    mean = section.rows[int(place)].accuracy(name).mean
+    items = section.rows[int(place)].items(name)
+    if one is None and share and mean is not None:
+        # no verdicts on single items: what the share alone says of them
+        width = wilson_half_width(mean, items[0])
+    record: Record = {_key(name, "ci95", share): _scaled(width, share)}
+    for side, bound in zip(("low", "high"), bounds, strict=True):
+        record[_key(name, f"bootstrap_{side}", share)] = _scaled(bound, share)
+    record[f"{name}_mark"] = one.mark if one else None
+    gaps: list[tuple[str, Difference | None, float | None]] = [
+        ("baseline", one.baseline if one else None, one.p_baseline if one else None),
+        ("best", one.best if one else None, one.p_best if one else None),
+    ]
+    for other, gap, p in gaps:
+        value, half = (gap.value, gap.half_width) if gap else (None, None)
+        record[_key(name, f"minus_{other}", share)] = _scaled(value, share)
+        record[_key(name, f"minus_{other}_ci95", share)] = _scaled(half, share)
+        record[f"{name}_p_{other}"] = None if p is None else round(p, 6)
+    tests = [gap.test for _, gap, _ in gaps if gap]
+    record[f"{name}_compared_by"] = tests[0] if tests else None
+    record[f"{name}_compared_n"] = analysis.items or None
+    record[_key(name, "detectable", share)] = _scaled(analysis.detectable, share)
+    return record
+
+
+def _cost_record(row: Row) -> Record:
+    return {
         "initialization_seconds": _rounded(row.initialization_seconds),
         "training_seconds": _rounded(summarise(row.training("train_seconds")).mean),
         "evaluation_seconds": _rounded(row.evaluation_seconds),
@@ -98,8 +213,23 @@ def _record(row: Row, benchmarks: Sequence[str], metrics: dict[str, list[str]]) 
     }
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else round(100 * share, 6)
+def _key(benchmark: str, what: str, share: bool) -> str:
+    return f"{benchmark}_{what}{'_percent' if share else ''}"
+
+
+def number(record: Mapping[str, Any], benchmark: str, what: str) -> Any:
+    """Return a number of a record, be it in percent or in the benchmark's own unit."""
+    own = _key(benchmark, what, False)
+    return record[own] if own in record else record[_key(benchmark, what, True)]
+
+
+def unit(record: Mapping[str, Any], benchmark: str) -> str:
+    """Return the unit of a benchmark's numbers: percent, or points of its own scale."""
+    return "%" if _key(benchmark, "mean", True) in record else "points"
+
+
+def _scaled(value: float | None, share: bool = True) -> float | None:
+    return None if value is None else round(100 * value if share else value, 6)
 
 
 def _rounded(value: float | None) -> float | None:
@@ -109,7 +239,7 @@ def _rounded(value: float | None) -> float | None:
 # ---------------------------------------------------------------- columns
 
 
-def main_columns(found: list[Record], benchmarks: dict[str, str], answers: bool) -> list[Column]:
+def main_columns(found: list[Record], benchmarks: dict[str, str], details: bool) -> list[Column]:
     """Return the columns of the table of one section.
 
     Parameters
@@ -118,8 +248,9 @@ def main_columns(found: list[Record], benchmarks: dict[str, str], answers: bool)
         The section's records.
     benchmarks
         The section's benchmarks and their labels.
-    answers
-        Whether the share of completions without an answer stands beside every benchmark.
+    details
+        Whether the 95 % half-width and the share of completions without an answer stand beside
+        every benchmark.
     """
     columns = [
         Column("Method", "", tuple(r["label"] for r in found), numeric=False),
@@ -127,20 +258,23 @@ def main_columns(found: list[Record], benchmarks: dict[str, str], answers: bool)
         Column("Trainable", "parameters", _cells(found, "trainable_parameters", "{:,.0f}")),
     ]
     for name, label in benchmarks.items():
-        columns.append(Column(label, "%", tuple(accuracy_cell(r, name) for r in found)))
-        if answers:
+        cells = tuple(MARKS.get(r[f"{name}_mark"], "") + accuracy_cell(r, name) for r in found)
+        columns.append(Column(label, unit(found[0], name), cells))
+        if details:
+            widths = tuple(_cell(number(r, name, "ci95"), "{:.2f}") for r in found)
+            columns.append(Column("95 %", "±", widths))
             cells = _cells(found, f"{name}_unextracted_percent", "{:.2f}")
             columns.append(Column("No answer", "%", cells))
     memory = [record["peak_memory_bytes"] or 0 for record in found]
-    unit, size, form = ("MiB", 2**20, "{:,.0f}")
+    size_unit, size, form = ("MiB", 2**20, "{:,.0f}")
     if max(memory, default=0) >= 2**30:
-        unit, size, form = ("GiB", 2**30, "{:,.2f}")
+        size_unit, size, form = ("GiB", 2**30, "{:,.2f}")
     return [
         *columns,
         Column("Init", "s", _cells(found, "initialization_seconds", "{:,.1f}")),
         Column("Training", "s", _cells(found, "training_seconds", "{:,.1f}")),
         Column("Speed", "tokens/s", _cells(found, "tokens_per_second", "{:,.0f}")),
-        Column("Peak memory", unit, _cells(found, "peak_memory_bytes", form, size)),
+        Column("Memory", size_unit, _cells(found, "peak_memory_bytes", form, size)),
     ]
 
 
@@ -148,6 +282,7 @@ def detail_columns(section: Section, found: list[Record], labels: dict[str, str]
     """Return a second table of the section: one row per benchmark, metric and method."""
     lines: list[tuple[str, ...]] = []
     for name in section.benchmarks:
+        share = section.share(name)
         for row, record in zip(section.rows, found, strict=True):
             metric = next((s.metric for s in row.scores(name)), "accuracy")
             lines.append(
@@ -155,8 +290,10 @@ def detail_columns(section: Section, found: list[Record], labels: dict[str, str]
                     labels[name],
                     metric,
                     record["label"],
-                    accuracy_cell(record, name),
-                    _cell(record[f"{name}_ci95_percent"], "{:.2f}"),
+                    MARKS.get(record[f"{name}_mark"], "") + accuracy_cell(record, name),
+                    _cell(number(record, name, "ci95"), "{:.2f}"),
+                    *_gap_cells(record, name, "baseline"),
+                    *_gap_cells(record, name, "best"),
                     _cell(record[f"{name}_n"], "{:d}"),
                     _cell(record[f"{name}_unextracted_percent"], "{:.2f}"),
                 )
@@ -164,19 +301,22 @@ def detail_columns(section: Section, found: list[Record], labels: dict[str, str]
         for metric in section.metrics(name):
             for row in section.rows:
                 summary = row.further(name, metric)
-                value = _spread(_percent(summary.mean), _percent(summary.std), row.base)
+                spread = _scaled(summary.mean, share), _scaled(summary.std, share)
                 items = next(iter(row.items(name)), None)
-                share = summary.mean
-                known = items is not None and share is not None and 0 <= share <= 1
-                width = _percent(wilson_half_width(share, items)) if known else None
-                cells = (value, _cell(width, "{:.2f}"), _cell(items, "{:d}"), DASH)
+                cells = (_spread(*spread, row.base), *[DASH] * 5, _cell(items, "{:d}"), DASH)
                 lines.append((labels[name], metric, row.label, *cells))
+    shares = all(section.share(name) for name in section.benchmarks)
+    against = next((record["label"] for record in found if record["baseline"]), "baseline")
     titles = [
         ("Benchmark", ""),
         ("Metric", ""),
         ("Method", ""),
-        ("Value", "%"),
+        ("Value", "%" if shares else "% or points"),
         ("95 % half-width", "points"),
+        (f"Minus {against}", "points"),
+        ("p", ""),
+        ("Minus best", "points"),
+        ("p", ""),
         ("Items", "n"),
         ("No answer", "%"),
     ]
@@ -187,13 +327,97 @@ def detail_columns(section: Section, found: list[Record], labels: dict[str, str]
     ]
 
 
+def _gap_cells(record: Record, benchmark: str, other: str) -> tuple[str, str]:
+    """Return a difference with its interval, and its p-value."""
+    value = number(record, benchmark, f"minus_{other}")
+    if value is None:
+        return DASH, DASH
+    width, p = number(record, benchmark, f"minus_{other}_ci95"), record[f"{benchmark}_p_{other}"]
+    return f"{value:+.2f} ± {width:.2f}", "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def rank_columns(found: list[Record], labels: Mapping[str, str]) -> list[Column]:
+    """Return the ranks of the methods over all benchmarks of all sections; [] for less than two.
+
+    Only methods with a number everywhere are ranked; base models are not.
+    """
+    means: dict[tuple[str, str, str], dict[str, float]] = {}
+    for record in found:
+        for key, failed in record.items():
+            if record["base"] or failed is None or not key.endswith("_failed"):
+                continue
+            name = key.removesuffix("_failed")
+            column = means.setdefault((name, record["task"], record["model"]), {})
+            mean = number(record, name, "mean")
+            if mean is not None:
+                column[record["label"]] = mean
+    titles = {place: labels.get(place[0], place[0]) for place in means}
+    for index in (1, 2):
+        # what all benchmarks share need not be told
+        if len({place[index] for place in means}) > 1 and len(set(titles.values())) < len(means):
+            titles = {place: f"{title}, {place[index]}" for place, title in titles.items()}
+    ranked = mean_ranks({titles[place]: column for place, column in means.items()})
+    if len(means) < 2 or len(ranked) < 2:
+        return []
+    places = [places for _, places in ranked.values()]
+    return [
+        Column("Method", "", tuple(ranked), numeric=False),
+        Column("Mean rank", "", tuple(f"{mean:.2f}" for mean, _ in ranked.values())),
+        *(
+            Column(title, "rank", tuple(f"{place[index]:g}" for place in places))
+            for index, title in enumerate(titles.values())
+        ),
+    ]
+
+
+def published_columns(rows: Sequence[Record], labels: Mapping[str, str]) -> list[Column]:
+    """Return published numbers beside ours as one table; see `tlora.comparison.published`."""
+
+    def pair(value: Any, width: float | None, form: str) -> str:
+        if value is None:
+            return DASH
+        shown = format(float(value), form)
+        return shown if width is None else f"{shown} ± {width:.2f}"
+
+    shares = all(row["unit"] == "%" for row in rows)
+    cells: dict[tuple[str, str], list[str]] = {
+        ("Benchmark", ""): [labels.get(row["benchmark"], row["benchmark"]) for row in rows],
+        ("Method", ""): [row["label"] for row in rows],
+        ("Status", ""): [row["status"] for row in rows],
+        ("Ours", "%" if shares else "% or points"): [
+            pair(row["ours"], row["ours_half_width"], ".2f") for row in rows
+        ],
+        ("Published", "%" if shares else "% or points"): [
+            pair(row["published"], row["published_half_width"], ".2f") for row in rows
+        ],
+        ("Difference", "points"): [
+            pair(row["difference"], row["difference_half_width"], "+.2f") for row in rows
+        ],
+        ("Differs in", ""): [row["differs_in"] or DASH for row in rows],
+        ("Doubts", ""): [row["doubts"] or DASH for row in rows],
+        ("Source", ""): [row["source"] for row in rows],
+    }
+    texts = ("Benchmark", "Method", "Status", "Differs in", "Doubts", "Source")
+    return [
+        Column(title, unit, tuple(found), numeric=title not in texts)
+        for (title, unit), found in cells.items()
+    ]
+
+
+PUBLISHED_NOTE = (
+    "± : 95 % half-widths; of a published value, from its items alone (one run, Wilson). A "
+    "difference's takes both for independent. Copied: no run of ours. Differs in: settings known "
+    "on both sides."
+)
+
+
 def accuracy_cell(record: Record, benchmark: str) -> str:
     """Return mean and standard deviation as shown: `12.34 ± 0.56`, or that runs failed."""
     failed = record[f"{benchmark}_failed"] or 0
-    mean = record[f"{benchmark}_mean_percent"]
+    mean = number(record, benchmark, "mean")
     if mean is None:
         return "failed" if failed else DASH
-    text = _spread(mean, record[f"{benchmark}_std_percent"], bool(record["base"]))
+    text = _spread(mean, number(record, benchmark, "std"), bool(record["base"]))
     return f"{text} ({failed}/{record['runs']} failed)" if failed else text
 
 
@@ -217,11 +441,15 @@ def _cell(value: float | None, form: str) -> str:
 # ---------------------------------------------------------------- footnotes
 
 
-def notes(section: Section, labels: dict[str, str], digits: int | None = 12) -> list[str]:
+def notes(
+    section: Section, found: list[Record], labels: dict[str, str], digits: int | None = 12
+) -> list[str]:
     """Return the footnotes of a section's table: what its numbers mean and rest on.
 
     Parameters
     ----------
+    found
+        The section's records.
     digits
         How many hex digits of each data file's SHA-256 are shown; None for all 64.
     """
@@ -242,7 +470,8 @@ def notes(section: Section, labels: dict[str, str], digits: int | None = 12) -> 
             + ": its spread over seeds is unknown; do not rank methods by these numbers."
         )
     if any(row.base for row in section.rows):
-        lines.append("The first row is the base model, untrained: one run, no seed.")
+        lines.append("The first row is the base model, untrained: one run, no seed, not compared.")
+    lines += _test_notes(section, found, labels)
     lines += _item_notes(section, labels)
     lines.append(
         "No answer: completions in which the scorer found no answer to read; they count as wrong."
@@ -250,11 +479,61 @@ def notes(section: Section, labels: dict[str, str], digits: int | None = 12) -> 
     lines.append(
         "Init: calibration, allocation and initialization of one run; a job shared by several "
         "seeds or methods counts in full, once, in each row that needs it. Training, speed: mean "
-        "over seeds; peak memory of training: maximum over seeds. Generation is not included."
+        "over seeds; memory: peak of training, maximum over seeds. Generation is not included."
     )
     lines += _failure_notes(section)
     for name, digest in sorted((section.card.get("sha256") or {}).items()):
         lines.append(f"Data: {name}, SHA-256 {digest[:digits]}.")
+    return lines
+
+
+def _test_notes(section: Section, found: list[Record], labels: dict[str, str]) -> list[str]:
+    """Say what marks, intervals and p-values mean, and what the design can show."""
+    by: dict[str, list[str]] = {}
+    for name in section.benchmarks:
+        for test in dict.fromkeys(record[f"{name}_compared_by"] for record in found):
+            by.setdefault(test or "", []).append(name)
+    lines = []
+    if by.keys() - {""}:
+        lines.append(
+            "*: the highest mean; =: not distinguishable from it at the 5 % level; no mark: lower. "
+            "p-values of differences are corrected for all comparisons of their kind in this table "
+            "(Holm), those with the best also for picking it (studentized range); the intervals of "
+            "differences are not."
+        )
+    if "crossed" in by:
+        lines.append(
+            "Intervals and tests: seeds and items crossed, both random; Student's t with "
+            "Satterthwaite's degrees of freedom; as seed variance the larger of the method's own "
+            "and the mean over methods, so rather wide than narrow. Seeds of two methods are "
+            "independent; items are compared one by one."
+        )
+    alone = [labels[name] for test in ("mcnemar", "items") for name in by.get(test, [])]
+    if alone:
+        how = "McNemar's exact test" if "mcnemar" in by else "a paired t test"
+        lines.append(
+            f"WARNING: {', '.join(dict.fromkeys(alone))}: one run of each method, compared item by "
+            f"item ({how}): this says nothing of other seeds."
+        )
+    least = []
+    for name in section.benchmarks:
+        value = number(found[0], name, "detectable") if found else None
+        if value is not None:
+            least.append(f"{labels[name]} {value:.1f}")
+    if least:
+        lines.append(
+            "Detectable: a true difference of two methods of so many points is found in 80 % of "
+            f"cases, by one comparison: {', '.join(least)}."
+        )
+    for name in section.benchmarks:
+        used = found[0][f"{name}_compared_n"] if found else None
+        most = max((n for row in section.rows for n in row.items(name)), default=0)
+        whole = {len(s.verdicts) for row in section.rows for s in row.scores(name) if s.verdicts}
+        if used is not None and whole and (len(whole) > 1 or used < max(whole)):
+            lines.append(
+                f"{labels[name]}: intervals and comparisons rest on the {used} of up to {most} "
+                "items that all runs have a verdict on."
+            )
     return lines
 
 
@@ -271,14 +550,21 @@ def _item_notes(section: Section, labels: dict[str, str]) -> list[str]:
         if not items:
             lines.append(f"{who}: no scores.")
             continue
-        widths = [row.half_width(name) for row in section.rows for name in names]
-        widest = 100 * max(width for width in widths if width is not None)
-        note = (
-            f"{who}: {metric}, n = {' or '.join(map(str, items))} items; from the items alone the "
-            f"95 % half-width of one run is at most {widest:.2f} points (Wilson)."
-        )
+        note = f"{who}: {metric}, n = {' or '.join(map(str, items))} items"
+        shares = [name for name in names if section.share(name)]
+        widths = [
+            wilson_half_width(score.value, score.n)
+            for name in shares
+            for row in section.rows
+            for score in row.scores(name)
+        ]
+        if widths:
+            note += (
+                f"; from the items alone the 95 % half-width of one run is at most "
+                f"{100 * max(widths):.2f} points (Wilson)"
+            )
         unequal = " WARNING: the runs were scored on unequal items."
-        lines.append(note if len(items) == 1 else note + unequal)
+        lines.append(note + "." if len(items) == 1 else note + "." + unequal)
     return lines
 
 
@@ -316,16 +602,30 @@ def to_csv(found: list[Record], last: Sequence[str] = ()) -> str:
     return buffer.getvalue()
 
 
-def to_markdown(comparison: Comparison, found: list[Record]) -> str:
-    """Return every section as Markdown: the table, the table of benchmarks, the footnotes."""
+def to_markdown(
+    comparison: Comparison, found: list[Record], published: Ledger = NOTHING_PUBLISHED
+) -> str:
+    """Return the comparison as Markdown.
+
+    Every section has its table, the table of its benchmarks and footnotes; then follow the ranks
+    over all benchmarks, and published numbers beside ours where there are any.
+    """
     lines = [f"# Comparison: {_md(comparison.preset)}", ""]
     for section, mine in split(comparison, found):
         labels = {name: comparison.labels[name] for name in section.benchmarks}
         lines += [f"## {_md(section.title)}", ""]
-        lines += _markdown_table(main_columns(mine, labels, answers=False))
+        lines += _markdown_table(main_columns(mine, labels, details=False))
         lines += ["", "### Per benchmark", ""]
         lines += _markdown_table(detail_columns(section, mine, labels))
-        lines += ["", *(f"- {_md(note)}" for note in notes(section, labels)), ""]
+        lines += ["", *(f"- {_md(note)}" for note in notes(section, mine, labels)), ""]
+    ranks = rank_columns(found, comparison.labels)
+    if ranks:
+        lines += ["## Ranks", "", *_markdown_table(ranks), ""]
+    if published.rows:
+        lines += ["## Published numbers", ""]
+        lines += _markdown_table(published_columns(published.rows, comparison.labels))
+        lines += ["", f"- {_md(PUBLISHED_NOTE)}"]
+        lines += [*(f"- {doubt.kind}: {_md(doubt.text)}" for doubt in published.doubts), ""]
     return "\n".join(lines)
 
 
@@ -360,7 +660,7 @@ def to_latex(comparison: Comparison, found: list[Record]) -> str:
     lines = ["% \\usepackage{booktabs}"]
     for section, mine in split(comparison, found):
         labels = {name: comparison.labels[name] for name in section.benchmarks}
-        columns = main_columns(mine, labels, answers=False)
+        columns = main_columns(mine, labels, details=False)
         lines += [
             "",
             "\\begin{table}[htbp]",
@@ -373,7 +673,7 @@ def to_latex(comparison: Comparison, found: list[Record]) -> str:
             lines += _tabular(block)
         lines += [
             "\\begin{minipage}{\\linewidth}\\footnotesize\\raggedright",
-            *(f"{_tex(note)}\\par" for note in notes(section, labels)),
+            *(f"{_tex(note)}\\par" for note in notes(section, mine, labels)),
             "\\end{minipage}",
             "\\end{table}",
         ]
@@ -468,6 +768,7 @@ def text(folder: Path) -> str:
     for record in found:
         parts.setdefault((record["task"], record["model"]), []).append(record)
     lines: list[str] = []
+    tests: set[str] = set()
     for (task, model), mine in parts.items():
         used = [
             name.removesuffix("_failed")
@@ -476,10 +777,27 @@ def text(folder: Path) -> str:
         ]
         lines += [f"{task}: {model}", *_text_table(main_columns(mine, {b: b for b in used}, True))]
         items = {b: [r[f"{b}_n"] for r in mine if r[f"{b}_n"] is not None] for b in used}
-        counts = [f"{b}: n = {max(ns)} items" for b, ns in items.items() if ns]
+        least = {b: number(mine[0], b, "detectable") for b in used}
+        counts = [
+            f"{b}: n = {max(ns)} items"
+            + (f", detectable difference {least[b]:.1f} points" if least[b] is not None else "")
+            for b, ns in items.items()
+            if ns
+        ]
         lines += [*textwrap.wrap("; ".join(counts), WIDTH), ""]
+        tests |= {r[f"{b}_compared_by"] for r in mine for b in used} - {None}
+    ranks = rank_columns(found, {})
+    lines += ["ranks", *_text_table(ranks), ""] if ranks else []
     lines.append(f"a ± b: mean and sample standard deviation over seeds, in percent; {DASH}: none.")
+    if tests:
+        lines += textwrap.wrap(
+            "*: the highest mean; =: not distinguishable from it (5 % level, Holm); 95 %: "
+            "half-width over seeds and items. Detectable: found in 80 % of cases.",
+            WIDTH,
+        )
     lines.append("Init: calibration, allocation, initialization of one run; shared jobs in full.")
+    if tests - {"crossed"}:
+        lines.append("WARNING: methods of one run each are compared by items; seeds would differ.")
     if any(record["seeds"] == 1 for record in found):
         lines.append("WARNING: rows with one seed: their spread is unknown; do not rank by them.")
     if any(record["failed"] for record in found):
@@ -488,6 +806,7 @@ def text(folder: Path) -> str:
 
 
 STRINGS = ("model", "task", "method", "label")
+STRING_ENDS = ("_mark", "_compared_by")
 
 
 def _parsed(row: dict[str, str]) -> Record:
@@ -497,6 +816,8 @@ def _parsed(row: dict[str, str]) -> Record:
             record[name] = value
         elif value == "":
             record[name] = None
+        elif name.endswith(STRING_ENDS):
+            record[name] = value
         else:
             record[name] = float(value) if "." in value or "e" in value else int(value)
     return record

@@ -8,14 +8,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.artefact import check_files, read_json
-from tlora.base_model import load_model, load_tokenizer
+from tlora.base_model import load_model, load_tokenizer, peak_memory_bytes
 from tlora.errors import UserError
-from tlora.generation import Completion, Prompt, first_stop
+from tlora.generation import Completion, Prompt, Rules, first_stop, read_export, rules_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        Cache,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteriaList,
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ def load(
     export: Path | None,
     place: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    longest: int | None = None,
 ) -> TransformersBackend:
     """Load the base model with what an export adds to it.
 
@@ -48,6 +53,8 @@ def load(
         `model`: folder or repository of the base model, `revision`, `threads`.
     tokenizer
         The base model's, if it is loaded already.
+    longest
+        Most tokens of a sequence; not needed here, where memory is taken as sequences grow.
 
     Raises
     ------
@@ -57,15 +64,12 @@ def load(
     import torch
 
     torch.set_num_threads(int(place.get("threads") or torch.get_num_threads()))
-    card = read_json(export) if export is not None else {"form": "base", "files": {}}
-    weights = Path(export).parent / "weights" if export is not None else None
-    if weights is not None:
-        check_files(weights, card["files"])
-    if card["form"] == "model":
+    form, weights = read_export(export)
+    if form == "model":
         model = load_model(identity, {**place, "model": str(weights), "revision": None})
     else:
         model = load_model(identity, place)
-    if card["form"] == "adapter":
+    if form == "adapter":
         model = _with_adapter(model, weights)
     return TransformersBackend(model, tokenizer or load_tokenizer(place))
 
@@ -82,7 +86,7 @@ def _with_adapter(model: PreTrainedModel, weights: Path) -> PreTrainedModel:
 
 
 class TransformersBackend:
-    """Batched greedy decoding with `generate` of transformers.
+    """Batched decoding with `generate` of transformers.
 
     Parameters
     ----------
@@ -102,92 +106,80 @@ class TransformersBackend:
     ) -> None:
         from transformers import GenerationConfig
 
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
         self.rows = rows or ROWS[model.device.type]
-        self.seq2seq = bool(model.config.is_encoder_decoder)
-        self.ends = _end_tokens(model, tokenizer)
+        self.rules = rules_of(tokenizer, model.config, model.generation_config)
         pad = tokenizer.pad_token_id
-        self.pad = pad if pad is not None else min(self.ends, default=0)
+        self.pad = pad if pad is not None else min(self.rules.ends, default=0)
         # A model's own settings (sampling, penalties) would be merged into every call.
         start = getattr(model.generation_config, "decoder_start_token_id", None)
         model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            eos_token_id=sorted(self.ends) or None,
+            eos_token_id=sorted(self.rules.ends) or None,
             pad_token_id=self.pad,
             decoder_start_token_id=start if start is not None else _decoder_start(model),
         )
 
     def generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        num_beams: int = 1,
     ) -> Iterator[list[Completion]]:
         """Yield the completions batch by batch, long prompts first.
 
         A prompt with less room left in the model's context than `max_new_tokens` gets what there
-        is.
+        is. With several beams a stop string cuts the best one and decides nothing between them.
 
         Raises
         ------
         UserError
-            Before any work, naming the first prompt that leaves no room for a new token.
+            Before any work, naming the first prompt that leaves no room for a new token, or that
+            asks for a temperature with several beams.
         """
         prompts = list(prompts)
-        self._check(prompts, max_new_tokens)
-        return self._batches(prompts, max_new_tokens, [text for text in stop if text])
-
-    def _check(self, prompts: list[Prompt], max_new_tokens: int) -> None:
-        context = _context(self.model)
+        self.rules.check(prompts, max_new_tokens)
         for prompt in prompts:
-            length = len(prompt.input_ids)
-            if not length:
-                raise UserError(f"item {prompt.id!r}: prompt: no tokens: expected at least one")
-            if self._limit(prompt, max_new_tokens) < 1:
+            if num_beams > 1 and prompt.temperature:
                 raise UserError(
-                    f"item {prompt.id!r}: prompt: {length} tokens: expected fewer than the model's "
-                    f"context of {context}"
+                    f"item {prompt.id!r}: temperature: {prompt.temperature}: expected 0 with "
+                    f"num_beams: {num_beams}"
                 )
-        tight = sum(self._limit(p, max_new_tokens) < max_new_tokens for p in prompts)
-        if tight:
-            logger.warning(
-                "%d of %d prompts leave less than %d tokens of the context of %d",
-                tight,
-                len(prompts),
-                max_new_tokens,
-                context,
-            )
+        return self._batches(prompts, max_new_tokens, [text for text in stop if text], num_beams)
 
-    def _limit(self, prompt: Prompt, max_new_tokens: int) -> int:
-        """Return how many tokens may follow a prompt."""
-        context = _context(self.model)
-        if context is None:
-            return max_new_tokens
-        if self.seq2seq:
-            return min(max_new_tokens, context) if len(prompt.input_ids) <= context else 0
-        return min(max_new_tokens, context - len(prompt.input_ids))
+    def peak_memory(self) -> int:
+        """Return the peak memory of this process so far, in bytes."""
+        return peak_memory_bytes()
+
+    def close(self) -> None:
+        """Do nothing: all is held by this process."""
 
     def _batches(
-        self, prompts: list[Prompt], max_new_tokens: int, stop: list[str]
+        self, prompts: list[Prompt], max_new_tokens: int, stop: list[str], beams: int
     ) -> Iterator[list[Completion]]:
         import torch
 
         room = _room(self.model)
         # A table of positions ends with the context; rotary positions go on, for finished rows.
-        table = _context(self.model) is not None and not _rotary(self.model)
+        table = self.rules.context is not None and not _rotary(self.model)
         waiting = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
         while waiting:
             longest = len(waiting[0].input_ids)
-            rows = max(1, min(self.rows, room // _bytes(self.model, longest, max_new_tokens)))
+            size = beams * _bytes(self.model, longest, max_new_tokens)
+            rows = max(1, min(self.rows, room // size))
             batch = waiting[:rows]
-            if table:
-                first = self._limit(batch[0], max_new_tokens)
-                batch = [p for p in batch if self._limit(p, max_new_tokens) == first]
+            if table or beams > 1:
+                first = self.rules.limit(batch[0], max_new_tokens)
+                batch = [p for p in batch if self.rules.limit(p, max_new_tokens) == first]
             done = []
             while len(done) < len(batch):
                 part = batch[len(done) : len(done) + rows]
                 failed = False
                 try:
-                    done += self._decode(part, max_new_tokens, stop)
+                    done += self._decode(part, max_new_tokens, stop, beams)
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
                         raise
@@ -200,51 +192,63 @@ class TransformersBackend:
             waiting = waiting[len(batch) :]
 
     def _decode(
-        self, batch: list[Prompt], max_new_tokens: int, stop: list[str]
+        self, batch: list[Prompt], max_new_tokens: int, stop: list[str], beams: int
     ) -> list[Completion]:
         """Decode one batch; rows that are finished leave it whenever half of it is."""
         import torch
-        from transformers import StoppingCriteriaList
 
         device = self.model.device
-        limits = [self._limit(prompt, max_new_tokens) for prompt in batch]
+        limits = [self.rules.limit(prompt, max_new_tokens) for prompt in batch]
         width = max(len(prompt.input_ids) for prompt in batch)
         ids = torch.full((len(batch), width), self.pad)
         mask = torch.zeros((len(batch), width), dtype=torch.long)
         for row, prompt in enumerate(batch):
             ids[row, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
             mask[row, width - len(prompt.input_ids) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        if self.seq2seq:
-            watch = _Watch(self, limits, stop, start=1, leave=False)
-            with torch.inference_mode():
-                made = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max(limits),
-                    stopping_criteria=StoppingCriteriaList([watch]),
-                )
-            tokens = made[:, 1:].tolist()
+        draws = _Draws(batch)
+        if beams > 1:
+            tokens = self._whole(ids, mask, {"num_beams": beams, "max_new_tokens": limits[0]})
+        elif self.rules.seq2seq:
+            watch = _Watch(self.rules, limits, stop, start=1, leave=False)
+            options = {"max_new_tokens": max(limits), "stopping_criteria": _criteria(watch)}
+            tokens = self._whole(ids, mask, options | draws.options(range(len(batch))))
         else:
-            tokens = self._continue(ids, mask, limits, stop)
+            tokens = self._continue(ids.to(device), mask.to(device), limits, stop, draws)
         return [
-            self._completion(prompt, row, limit, stop)
+            self.rules.completion(prompt, row, limit, stop)
             for prompt, row, limit in zip(batch, tokens, limits, strict=True)
         ]
 
+    def _whole(
+        self, ids: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
+    ) -> list[list[int]]:
+        """Return the new tokens of every row, and padding after their end, from one call."""
+        import torch
+
+        device = self.model.device
+        with torch.inference_mode():
+            made = self.model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), **options
+            )
+        return made[:, 1 if self.rules.seq2seq else ids.shape[1] :].tolist()
+
     def _continue(
-        self, ids: torch.Tensor, mask: torch.Tensor, limits: list[int], stop: list[str]
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        limits: list[int],
+        stop: list[str],
+        draws: _Draws,
     ) -> list[list[int]]:
         """Return the new tokens of every row of a causal model, and padding after their end."""
         import torch
-        from transformers import StoppingCriteriaList
 
         width = ids.shape[1]
         cache = _cache(self.model)
         rows = list(range(len(limits)))
         tokens: list[list[int]] = [[] for _ in rows]
         while rows:
-            watch = _Watch(self, [limits[row] for row in rows], stop, start=width)
+            watch = _Watch(self.rules, [limits[row] for row in rows], stop, start=width)
             longest = max(limits[row] for row in rows)
             with torch.inference_mode():
                 ids = self.model.generate(
@@ -252,7 +256,8 @@ class TransformersBackend:
                     attention_mask=mask,
                     past_key_values=cache,
                     max_new_tokens=width + longest - ids.shape[1],
-                    stopping_criteria=StoppingCriteriaList([watch]),
+                    stopping_criteria=_criteria(watch),
+                    **draws.options(rows),
                 )
             new = ids[:, width:].tolist()
             active = [at for at, done in enumerate(watch.finished(ids)) if not done]
@@ -267,31 +272,42 @@ class TransformersBackend:
             rows = [rows[at] for at in active]
         return tokens
 
-    def _completion(
-        self, prompt: Prompt, tokens: list[int], limit: int, stop: list[str]
-    ) -> Completion:
-        tokens = tokens[:limit]
-        end = next((at for at, token in enumerate(tokens) if token in self.ends), None)
-        body = tokens if end is None else tokens[:end]
-        text, count = self.decode(body), len(body) + (end is not None)
-        reason = "length" if end is None else "eos"
-        at = first_stop(text, stop)
-        if at >= 0:
-            low, high = 1, len(body)
-            while low < high:
-                middle = (low + high) // 2
-                if first_stop(self.decode(body[:middle]), stop) >= 0:
-                    high = middle
-                else:
-                    low = middle + 1
-            text, count, reason = text[:at], low, "stop"
-        return Completion(prompt.id, text, reason, len(prompt.input_ids), count)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones and otherwise as it stands."""
-        return self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+class _Draws:
+    """Samples the rows that have a temperature, each with a generator of its own.
+
+    The largest of logits / temperature plus Gumbel noise is a draw from their softmax, so that
+    `generate` stays greedy and a row's draws know nothing of the other rows.
+
+    Parameters
+    ----------
+    batch
+        The prompts; rows are numbered by their order.
+    """
+
+    def __init__(self, batch: list[Prompt]) -> None:
+        import torch
+
+        self.temperatures = [prompt.temperature for prompt in batch]
+        self.generators = [torch.Generator().manual_seed(prompt.seed) for prompt in batch]
+
+    def options(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Return what `generate` is to be handed for a batch of these rows."""
+        from transformers import LogitsProcessorList
+
+        drawn = [(at, row) for at, row in enumerate(rows) if self.temperatures[row]]
+        if not drawn:
+            return {}
+
+        def draw(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = scores.float().clone()
+            for at, row in drawn:
+                noise = scores.new_empty(scores.shape[1], device="cpu")
+                noise.exponential_(generator=self.generators[row]).log_()
+                scores[at] = scores[at] / self.temperatures[row] - noise.to(scores.device)
+            return scores
+
+        return {"logits_processor": LogitsProcessorList([draw])}
 
 
 class _Watch:
@@ -303,8 +319,8 @@ class _Watch:
 
     Parameters
     ----------
-    backend
-        Its tokenizer and end tokens.
+    rules
+        What ends a completion.
     limits
         Most new tokens of each row.
     stop
@@ -317,13 +333,13 @@ class _Watch:
 
     def __init__(
         self,
-        backend: TransformersBackend,
+        rules: Rules,
         limits: list[int],
         stop: list[str],
         start: int,
         leave: bool = True,
     ) -> None:
-        self.backend, self.limits, self.stop, self.start = backend, limits, stop, start
+        self.rules, self.limits, self.stop, self.start = rules, limits, stop, start
         self.tail = max((len(text.encode()) for text in stop), default=0) + CHECK_EVERY + 4
         self.least = len(limits) // 2 if leave and len(limits) >= 4 else 0
         self.done = [False] * len(limits)
@@ -353,14 +369,20 @@ class _Watch:
         return list(self.done)
 
     def _ended(self, tokens: list[int]) -> bool:
-        if not self.backend.ends.isdisjoint(tokens):
+        if not self.rules.ends.isdisjoint(tokens):
             return True
         # The beginning of a tail may decode otherwise than within the whole text: ask again.
         return bool(
             self.stop
-            and first_stop(self.backend.decode(tokens[-self.tail :]), self.stop) >= 0
-            and first_stop(self.backend.decode(tokens), self.stop) >= 0
+            and first_stop(self.rules.decode(tokens[-self.tail :]), self.stop) >= 0
+            and first_stop(self.rules.decode(tokens), self.stop) >= 0
         )
+
+
+def _criteria(watch: _Watch) -> StoppingCriteriaList:
+    from transformers import StoppingCriteriaList
+
+    return StoppingCriteriaList([watch])
 
 
 def _cache(model: PreTrainedModel) -> Cache:
@@ -414,20 +436,8 @@ def _growing_layer() -> type:
     return GrowingLayer
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokenizer's end token and those the model's generation settings add."""
-    listed = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    return frozenset(token for token in ends if token is not None)
-
-
 def _decoder_start(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "decoder_start_token_id", None)
-
-
-def _context(model: PreTrainedModel) -> int | None:
-    """Return the positions that a model knows; None where nothing says (T5: relative ones)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _rotary(model: PreTrainedModel) -> bool:

@@ -8,6 +8,8 @@ do not fit the model that is to go on, and neither importances nor pattern.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from tlora.errors import UserError
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.adalora import RankAllocator
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tlora.methods import Base, Context
@@ -133,14 +136,26 @@ def trainer(model: PeftModel, options: Options, context: dict[str, Any]) -> dict
     config.tinit, config.tfinal = schedule(options, context["steps"])
 
     class Allocate(TrainerCallback):
+        engine: _Engine | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.deepspeed_plugin is not None:
+                last = config.total_step - config.tfinal
+                zero = kwargs["optimizer"].optimizer
+                self.engine = _Engine(model, zero, lambda: state.global_step <= last)
+
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Steps from 0, and gradients not zeroed yet, as PEFT has it.
-            model.base_model.update_and_allocate(state.global_step)
+            if self.engine is None:
+                model.base_model.update_and_allocate(state.global_step)
+                return
+            with self.engine.gradients(args.max_grad_norm):
+                model.base_model.update_and_allocate(state.global_step)
 
     class AdaLora:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            # A model that divides its loss by the tokens of the whole step is not divided by the
-            # number of micro batches or processes again: PEFT's term then counts once for each.
+            # A loss that is divided by the tokens of the whole step is not divided by the number of
+            # micro batches or processes again: PEFT's term then counts once for each.
             items = kwargs.get("num_items_in_batch")
             whole = self.model_accepts_loss_kwargs and items is not None
             micro_batches = self.current_gradient_accumulation_steps
@@ -157,16 +172,76 @@ def trainer(model: PeftModel, options: Options, context: dict[str, Any]) -> dict
                 super()._save(output_dir, state_dict)
             finally:
                 config.rank_pattern = pattern
-            save_state(model.base_model.rankallocator, pattern, Path(output_dir))
+            if self.args.should_save:
+                save_state(model.base_model.rankallocator, pattern, Path(output_dir))
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            allocator = self.model.base_model.rankallocator
-            config.rank_pattern = load_state(
-                allocator, Path(resume_from_checkpoint), self.model.device
-            )
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                allocator = self.model.base_model.rankallocator
+                config.rank_pattern = load_state(allocator, Path(checkpoint), self.model.device)
 
     return {"callbacks": [Allocate()], "mixin": AdaLora}
+
+
+class _Engine:
+    """Gradients and weights of a model whose optimizer is DeepSpeed's ZeRO, stage 2 or 3.
+
+    Gradients, spread over the processes, exist only until the optimizer's step; the weights that it
+    goes on from are a copy in float32 of those in the model.
+
+    Parameters
+    ----------
+    model
+        With the adapter.
+    optimizer
+        DeepSpeed's own.
+    wanted
+        Tells before a step whether its gradients will be asked for.
+    """
+
+    def __init__(self, model: PeftModel, optimizer: Any, wanted: Callable[[], bool]) -> None:
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = list(trained.values())
+        self.values = [p for n, p in trained.items() if ".lora_E." in n]
+        self.taken: list[Tensor] = []
+        step = optimizer.step
+
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            from deepspeed.utils import safe_get_full_grad
+
+            self.taken = [safe_get_full_grad(p) for p in self.trained] if wanted() else []
+            return step(*args, **kwargs)
+
+        optimizer.step = stepping
+
+    @contextlib.contextmanager
+    def gradients(self, max_norm: float) -> Iterator[None]:
+        """Whole weights, and their gradients clipped as the step did; what is made 0 stays 0.
+
+        Parameters
+        ----------
+        max_norm
+            Of all gradients together.
+        """
+        import torch
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        rest = [p for p in self.trained if not any(p is value for value in self.values)]
+        with GatheredParameters(rest), GatheredParameters(self.values, modifier_rank=0):
+            if self.taken:
+                norm = torch.nn.utils.get_total_norm(self.taken)
+                factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+                for parameter, gradient in zip(self.trained, self.taken, strict=True):
+                    parameter.grad = (gradient * factor).to(parameter.dtype)
+            yield
+            for parameter in self.trained:
+                parameter.grad = None
+            self.taken = []
+            pruned = [value == 0 for value in self.values]
+        for value, zeros in zip(self.values, pruned, strict=True):
+            safe_set_full_fp32_param(value, safe_get_full_fp32_param(value).masked_fill(zeros, 0))
 
 
 def save_state(allocator: RankAllocator, pattern: dict | None, folder: Path) -> None:

@@ -12,6 +12,7 @@ from tlora.base_model import load_tokenizer
 from tlora.errors import UserError
 from tlora.progress import bar
 from tlora.tasks import tokenised
+from tlora.tasks.overlap import RUN, overlap, text_of
 from tlora.tasks.prompts import IGNORED, encode, encode_prompt, render
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def prepare(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any
     source = importlib.import_module(f"tlora.tasks.{spec['source']}")
     data = source.Data(**spec["data"])
     root = Path(place["data_root"]) if place.get("data_root") else None
-    records = {split: source.load(data, split, root) for split in ("train", "validation", "test")}
+    records = {split: source.load(data, split, root) for split in ("train", "validation")}
     tokenizer = load_tokenizer(place)
     seq2seq = spec["model"]["architecture"] == "seq2seq"
 
@@ -42,10 +43,12 @@ def prepare(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any
         "without_target": {},
         "prompt": spec["prompt"],
         "max_length": spec["max_length"],
+        "source": spec["source"],
+        "data": spec["data"],
         "sources": spec["files"],
         "sha256": {},
+        "overlap": _overlap(records),
     }
-    card["overlap"] = overlap(records)
     for split in ("train", "validation"):
         samples, truncated, empty = [], 0, 0
         for record in bar(records[split], desc=f"tokenising {split}", unit="record"):
@@ -68,7 +71,6 @@ def prepare(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any
         card["truncated"][split] = truncated
         card["without_target"][split] = empty
         card["sha256"][f"{split}.parquet"] = sha256_file(out / f"{split}.parquet")
-    card["counts"]["test"] = len(records["test"])
     logger.info("prepared %s", card["counts"])
     write_json(out / "card.json", card)
 
@@ -88,17 +90,17 @@ def _encode(
     return head[:max_length], target[:max_length], cut
 
 
-def overlap(records: dict[str, list[dict[str, str]]]) -> dict[str, int]:
-    """Count the test and validation instructions that also stand in the training split.
+def _overlap(records: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, int]]:
+    """Count the validation records that also stand in the training split.
 
-    Compared exactly, but for case and white space.
+    The stage `overlap` does the same for the test records of each benchmark.
     """
-
-    def keys(split: str) -> list[str]:
-        return [" ".join(record["instruction"].lower().split()) for record in records[split]]
-
-    seen = set(keys("train"))
+    texts = [(record["id"], text_of(record)) for record in records["validation"]]
+    found = overlap(texts, map(text_of, records["train"]) if texts else ())
     return {
-        f"{split} in train": sum(key in seen for key in keys(split))
-        for split in ("validation", "test")
+        "validation": {
+            "n": len(texts),
+            "exact": len(found["exact"]),
+            f"ngram{RUN}": len(found["ngram"]),
+        }
     }

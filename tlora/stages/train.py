@@ -32,6 +32,7 @@ from tlora.base_model import (
 )
 from tlora.checkpoints import delete_torn, last_checkpoint, seal, stop_callback
 from tlora.distributed import (
+    compile_nothing,
     largest_of_all,
     launch,
     launched,
@@ -77,7 +78,7 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     if not launched():
         stamped(work, place["stamp"])
         delete_torn(work)
-        if processes(place) > 1:
+        if processes(place) > 1 or place.get("deepspeed"):
             launch("train", spec, inputs, out, place)
             return
 
@@ -87,6 +88,9 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     alone, on_cpu = world_size() == 1, not torch.cuda.is_available()
+    if place.get("deepspeed"):
+        if on_cpu:
+            compile_nothing()
     set_seed(spec["seed"])
     method = methods.load(spec["implementation"])
     options = method.options(spec["options"])

@@ -58,6 +58,11 @@ def sources(data: Data, split: str, data_root: Path | None) -> dict[str, Path]:
     return {}
 
 
+def hub(data: Data, split: str) -> list[tuple[str, str | None, str, str]]:
+    """Return no hub dataset: the task is generated."""
+    return []
+
+
 def problem(rng: random.Random) -> tuple[Hashable, dict[str, str]]:
     """Draw a problem.
 

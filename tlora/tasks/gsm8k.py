@@ -29,12 +29,12 @@ class Data:
 
     repo: str = "openai/gsm8k"
     name: str = "main"
-    revision: str = "e53f048856ff4f594e959d75785d2c2d37b678ee"
+    revision: str | None = "e53f048856ff4f594e959d75785d2c2d37b678ee"
     validation: int = 0
 
     def __post_init__(self) -> None:
-        if self.validation < 0:
-            raise ValueError("validation: expected 0 or more")
+        loading.check_sizes(self.validation)
+        loading.check_revision(self.revision)
 
 
 def load(data: Data, split: str, data_root: Path | None) -> list[dict[str, str]]:
@@ -43,15 +43,11 @@ def load(data: Data, split: str, data_root: Path | None) -> list[dict[str, str]]
     Raises
     ------
     UserError
-        For missing files or columns, and for an answer without `#### N`.
+        For missing files or columns, another split, and an answer without `#### N`.
     """
-    source = "test" if split == "test" else "train"
-    if data_root is not None:
-        path = loading.find_file(Path(data_root) / "gsm8k", source)
-        where, rows = str(path), loading.read_rows(path, COLUMNS)
-    else:
-        where = f"{data.repo} ({source})"
-        rows = loading.hub_rows(data.repo, data.name, source, data.revision, COLUMNS)
+    loading.check_split(split, "gsm8k")
+    where, rows = loading.fetch(_file(split, data_root), hub(data, split), COLUMNS)
+    source = _source(split)
     indexed = (
         list(enumerate(rows))
         if split == "test"
@@ -65,10 +61,20 @@ def load(data: Data, split: str, data_root: Path | None) -> list[dict[str, str]]
 
 def sources(data: Data, split: str, data_root: Path | None) -> dict[str, Path]:
     """Return the local file that `load` reads, by its name; nothing where it reads the hub."""
-    if data_root is None:
-        return {}
-    path = loading.find_file(Path(data_root) / "gsm8k", "test" if split == "test" else "train")
-    return {path.name: path}
+    return loading.local_sources(_file(split, data_root), hub(data, split))
+
+
+def hub(data: Data, split: str) -> list[loading.HubSplit]:
+    """Return what `load` reads of the hub without a `data_root`."""
+    return [(data.repo, data.name, _source(split), data.revision)]
+
+
+def _source(split: str) -> str:
+    return "test" if split == "test" else "train"
+
+
+def _file(split: str, data_root: Path | None) -> Path | None:
+    return loading.locate(data_root, "gsm8k", _source(split))
 
 
 def record(identifier: str, question: str, answer: str, where: str) -> dict[str, str]:

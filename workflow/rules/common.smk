@@ -59,6 +59,12 @@ def artefact(stage, name):
     return find
 
 
+def after(stage):
+    """Input function: what must have been fetched before. Only that it is there counts: what it is
+    stands in the spec."""
+    return lambda wildcards: [str(one.main) for one in unit(stage, wildcards).after]
+
+
 def spec(stage):
     """Params function: the canonical spec, the only thing whose change reruns the job."""
     return lambda wildcards: canonical(unit(stage, wildcards).spec)
@@ -76,7 +82,8 @@ def place(stage):
 
 def inputs(wildcards, input):
     """Params function: the upstream artefacts as NAME=PATH."""
-    return [f"{name}={path}" for name, path in input.items() if path and name != "code"]
+    beside = ("code", "after")
+    return [f"{name}={path}" for name, path in input.items() if path and name not in beside]
 
 
 def folder(wildcards, output):
@@ -96,4 +103,6 @@ wildcard_constraints:
     method="[^/]+",
     benchmark="|".join(map(re.escape, PLAN.benchmarks)),
     statistic="[a-z_]+",
+    kind="[a-z_]+",
+    repository="[^/]+",
     id="[0-9a-f]{12}",

@@ -16,6 +16,7 @@ rule compare:
         grid=COMPARISON / "grid.json",
         scores=[str(unit.main) for unit in PLAN.of("score")],
         runs=[str(unit.main) for unit in PLAN.of("train")],
+        overlaps=[str(unit.main) for unit in PLAN.of("overlap")],
         code=[relative(path) for path in stage_files("compare", {})],
     output:
         csv=report(COMPARISON / "table.csv", category="comparison", caption="../report/table.rst"),

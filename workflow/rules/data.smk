@@ -3,6 +3,7 @@ PREPARE = pattern("prepare", "model", "task")
 
 rule prepare:
     input:
+        after=ancient(after("prepare")),
         code=code("prepare"),
     output:
         card=f"{PREPARE}/card.json",
@@ -21,3 +22,27 @@ rule prepare:
         "prepare {wildcards.task} for {wildcards.model}"
     shell:
         f"tlora prepare {ARGUMENTS}"
+
+
+OVERLAP = pattern("overlap", "task", "benchmark")
+
+
+rule overlap:
+    input:
+        after=ancient(after("overlap")),
+        code=code("overlap"),
+    output:
+        f"{OVERLAP}/overlap.json",
+    log:
+        f"logs/{OVERLAP}.log",
+    conda:
+        "../../envs/core.yaml"
+    params:
+        spec=spec("overlap"),
+        place=place("overlap"),
+        inputs=inputs,
+        out=folder,
+    message:
+        "overlap of {wildcards.benchmark} with {wildcards.task}"
+    shell:
+        f"tlora overlap {ARGUMENTS}"

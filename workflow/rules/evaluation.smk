@@ -4,6 +4,7 @@ GENERATE = pattern("generate", "model", "task", "method", "benchmark")
 rule generate:
     input:
         export=artefact("generate", "export"),
+        after=ancient(after("generate")),
         code=code("generate"),
     output:
         generations=f"{GENERATE}/generations.jsonl",
@@ -42,7 +43,7 @@ rule score:
     log:
         f"logs/{SCORE}.log",
     conda:
-        "../../envs/core.yaml"
+        "../../envs/code.yaml"
     params:
         spec=spec("score"),
         place=place("score"),

@@ -58,6 +58,7 @@ rule initialize:
         covariance=artefact("initialize", "covariance"),
         gradient=artefact("initialize", "gradient"),
         prepare=artefact("initialize", "prepare"),
+        after=ancient(after("initialize")),
         code=code("initialize"),
     output:
         card=f"{INITIALIZE}/adapter_init.json",
