@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tlora.artefact import remove, sha256_file, write_json
-from tlora.distributed import largest_of_all, rank
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Slurm sends a job that is to end, and what `--signal` asks it to send before."""
-
+from tlora.distributed import SIGNALS, largest_of_all, rank, told_to_stop
 
 MANIFEST = "manifest.json"
-LARGE = 2**28
-"""Bytes above which a file's content is not hashed."""
+THREADS = 8
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """Return the newest whole checkpoint; torn ones are passed over."""
-    return next((path for path in _newest_first(work) if _whole(path)), None)
+    """Return the newest whole checkpoint; torn ones are passed over.
+
+    The processes of a job all ask, but only what was looked through by `delete_torn` before they
+    started is there: they need not read it again.
+    """
+    return next((path for path in _newest_first(work) if (path / MANIFEST).is_file()), None)
 
 
 def delete_torn(work: Path) -> None:
-    """Delete checkpoints that a killed process left half written."""
+    """Delete checkpoints that a killed process left half written, or that were damaged later."""
     for path in _newest_first(work):
         if not _whole(path):
             remove(path)
@@ -46,15 +47,15 @@ def seal(checkpoint: Path) -> None:
         write_json(checkpoint / MANIFEST, _content(checkpoint))
 
 
-def _content(checkpoint: Path) -> dict[str, list[Any]]:
-    """Return size and SHA-256 of every file; large ones by size alone."""
-    found = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            size = path.stat().st_size
-            name = path.relative_to(checkpoint).as_posix()
-            found[name] = [size, sha256_file(path) if size <= LARGE else None]
-    return found
+def _content(checkpoint: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    files = [path for path in files if path != checkpoint / MANIFEST]
+    # Optimizer states may take 100 GB, and Slurm waits only so long.
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        digests = pool.map(sha256_file, files)
+    names = [path.relative_to(checkpoint).as_posix() for path in files]
+    return dict(zip(names, digests, strict=True))
 
 
 def _whole(checkpoint: Path) -> bool:
@@ -65,11 +66,16 @@ def _whole(checkpoint: Path) -> bool:
         return False
 
 
-def stop_callback() -> Any:
+def stop_callback(work: Path) -> Any:
     """Return a Trainer callback that saves and stops after the step in which a signal came.
 
     Its `signal` is the signal's number, 0 while none came; `listening()` is a context in which
-    signals are heeded.
+    signals are heeded. A signal to the process that started this one counts as well.
+
+    Parameters
+    ----------
+    work
+        Folder of the run's partial state.
     """
     from transformers import TrainerCallback
 
@@ -93,6 +99,8 @@ def stop_callback() -> Any:
             self.came = number
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if rank() == 0 and not self.came:
+                self.came = told_to_stop(work)
             # It may have reached one process a step earlier than another: they stop together.
             self.signal = largest_of_all(self.came)
             if self.signal:

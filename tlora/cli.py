@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 from tlora.distributed import launched, rank
 from tlora.errors import UserError
+from tlora.estimate import Assumptions
 from tlora.lease import held, lease_folder, stamp_of
 
 STAGES = {
@@ -132,6 +134,20 @@ def _parser() -> argparse.ArgumentParser:
     ranks = "ranks of a run: its allocation.json, or an adapter's folder"
     params.add_argument("--allocation", type=Path, help=ranks)
     params.set_defaults(run=_params)
+    summary = "estimate what a preset costs: jobs, hours, disk and what is fetched, by stage"
+    cost = verbs.add_parser("plan", help=summary, description=summary)
+    cost.add_argument("preset", nargs="+", type=Path, help="a preset's YAML")
+    _config_option(cost)
+    for one in dataclasses.fields(Assumptions):
+        name, kind = one.name.replace("_", "-"), int if one.type == "int" else float
+        text = f"{one.metadata['text']} (%(default)s)"
+        cost.add_argument(f"--{name}", type=kind, default=one.default, metavar="N", help=text)
+    cost.set_defaults(run=_estimate)
+    summary = "check this machine; with a preset, also whether what it reads is here"
+    doctor = verbs.add_parser("doctor", help=summary, description=summary)
+    doctor.add_argument("preset", nargs="*", type=Path, help="a preset's YAML")
+    _config_option(doctor)
+    doctor.set_defaults(run=_doctor)
     summary = "write the files of a new method"
     new = verbs.add_parser("new", help=summary, description=summary)
     new.add_argument("kind", choices=["method"])
@@ -285,6 +301,24 @@ def _plan(options: argparse.Namespace, files: list[Path] | None = None) -> Any:
     from tlora.plan import Plan
 
     return Plan(files or options.preset, command_line(options.config))
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from tlora.estimate import estimate, table
+
+    fields = dataclasses.fields(Assumptions)
+    assumptions = Assumptions(**{one.name: getattr(options, one.name) for one in fields})
+    print(table(estimate(_plan(options), assumptions)))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from tlora.doctor import examine, report
+
+    plan = functools.partial(_plan, options) if options.preset else None
+    findings = examine(plan)
+    print(report(findings))
+    if any(finding.needed and finding.state == "fail" for finding in findings):
+        sys.exit(1)
 
 
 def _validate(options: argparse.Namespace) -> None:

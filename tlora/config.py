@@ -139,6 +139,7 @@ class Preset(Strict):
     overrides: list[Override] = []
     vary: list[dict[str, Any]] = Field([], description="{methods: [...], key: [values]}")
     set: dict[str, Any] = Field({}, description="set in every cell; wins over all else")
+    baseline: str = Field("lora", description="the method that all others are compared with")
     data_root: str | None = Field(None, description="folder with the data, instead of the hub")
     backend: Literal["transformers", "vllm"] = Field("transformers", description="generates")
     server: str | None = Field(None, description="URL of a vLLM server that jobs share; placement")

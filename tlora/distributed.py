@@ -1,21 +1,39 @@
 """Several processes for one training job: torchrun starts them, each runs the same command.
 
 Source: `torch.distributed.run`, which sets RANK, WORLD_SIZE and what else the processes need to
-find each other.
+find each other. `python -m tlora.distributed` is torchrun for these processes: they are told to
+stop by a file, because torchrun kills what has not ended 30 seconds after a signal.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tlora.artefact import read_json, write_text
 from tlora.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm sends a job that is to end, and what `--signal` asks it to send before."""
+
+_STOP, _ERROR = "stop", "error"
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+_TASKS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+"""Keys of a DeepSpeed configuration that follow from the task."""
 
 
 def world_size() -> int:
@@ -94,6 +112,65 @@ def whole_state(trainer: Any) -> dict[str, Any] | None:
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
+def zero_stage(path: str | Path) -> int:
+    """Return the stage of ZeRO in a DeepSpeed configuration.
+
+    Raises
+    ------
+    UserError
+        Where the configuration says what the task, the method or the model says.
+    """
+    values = read_json(Path(path))
+    for key in ("optimizer", "scheduler", "fp16"):
+        if key in values:
+            raise UserError(f"{path}: {key}: expected none: it follows from task and method")
+    for key in _TASKS:
+        if values.get(key, "auto") != "auto":
+            raise UserError(f'{path}: {key}: {values[key]}: expected "auto": the task says it')
+    stage = values.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage: {stage}: expected 1, 2 or 3")
+    return stage
+
+
+def check_deepspeed(path: str | Path, method: Any) -> None:
+    """Refuse a stage of ZeRO that a method does not work with.
+
+    Parameters
+    ----------
+    path
+        A DeepSpeed configuration.
+    method
+        `tlora.methods.Method`; its module's `ZERO` is the highest stage.
+
+    Raises
+    ------
+    UserError
+        Naming the configuration and the method.
+    """
+    stage, highest = zero_stage(path), getattr(method.module, "ZERO", 3)
+    if stage > highest:
+        raise UserError(
+            f"{path}: zero_optimization.stage: {stage}: expected {highest} at most for the method "
+            f"{method.name}"
+        )
+
+
+def check_installed() -> None:
+    """Refuse to train with DeepSpeed where there is none.
+
+    Raises
+    ------
+    UserError
+        Saying how to install it.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "deepspeed: not installed here: expected envs/train.lock (pip install "
+            "--no-build-isolation 'tlora[deepspeed]'), or a model without `deepspeed:`"
+        )
+
+
 def compile_nothing() -> None:
     """Keep DeepSpeed from compiling its collectives in shared memory, which only the CPU has.
 
@@ -105,50 +182,87 @@ def compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
+def begin(place: Mapping[str, Any]) -> None:
+    """Make this process one of several: it dies with the one that started it, and has its GPU."""
+    _die_with_parent()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif place.get("deepspeed"):
+        compile_nothing()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, where the kernel can (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def told_to_stop(work: Path) -> int:
+    """Return the signal that came to the process that started this one, 0 where none came."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((work / _STOP).read_text())
+    return 0
+
+
+@contextlib.contextmanager
+def reported(work: Path) -> Iterator[None]:
+    """Leave what is wrong with a run where the process that started this one says it once."""
+    try:
+        yield
+    except UserError as error:
+        write_text(work / _ERROR, str(error))
+        raise
+
+
 def launch(
     stage: str, spec: dict, inputs: Mapping[str, Path], out: Path, place: Mapping[str, Any]
 ) -> None:
     """Run a stage in `place["processes"]` processes.
 
     Inside a Slurm job of several nodes, srun starts one torchrun a node, which meet at the first
-    node of the job. After SIGTERM or SIGUSR1 the processes have time for a checkpoint.
+    node of the job. After SIGTERM or SIGUSR1 the processes have as long as they need for the step
+    they are in and a checkpoint.
 
     Raises
     ------
     UserError
-        When one of the processes failed; what it said stands above on stderr.
+        When one of the processes failed: with what it said is wrong, else it stands on stderr.
     SystemExit
         After a signal.
     """
     count, nodes = processes(place), int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if count % nodes:
         raise UserError(f"processes: {count}: expected a multiple of the {nodes} nodes of the job")
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nproc-per-node", str(count // nodes)]
+    command = [sys.executable, "-m", "tlora.distributed", "--nproc-per-node", str(count // nodes)]
     if nodes == 1:
         command += ["--standalone"]
     else:
         job = os.environ["SLURM_JOB_ID"]
-        # Above the ports that services use, and another one for every job of a node.
-        port = 20000 + int(job) % 20000
+        # Above the ports of services, below those that the kernel hands out.
+        port = 20000 + int(job) % 12000
         command += ["--nnodes", str(nodes), "--rdzv-id", job, "--rdzv-backend", "c10d"]
         command += ["--rdzv-endpoint", f"{_first_node()}:{port}"]
-        command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *command]
+        # The step that this process is in holds the job's resources.
+        srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+        command = [*srun, *command]
     command += ["-m", "tlora.cli", stage, "--spec", json.dumps(spec)]
     command += ["--input", *(f"{name}={path}" for name, path in inputs.items())]
     command += ["--out", str(out), "--place", json.dumps(place)]
     if place.get("log"):
         command += ["--log", place["log"]]
-    child = subprocess.Popen(command)
+    work = Path(place["work"])
+    for name in (_STOP, _ERROR):
+        (work / name).unlink(missing_ok=True)
     came = []
 
     def pass_on(number: int, _frame: Any) -> None:
         came.append(number)
-        # torchrun heeds SIGTERM alone; it waits for its processes.
-        child.send_signal(signal.SIGTERM)
+        write_text(work / _STOP, str(number))
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    child = subprocess.Popen(command)
     try:
         status = child.wait()
     finally:
@@ -156,12 +270,34 @@ def launch(
             signal.signal(number, handler)
         if child.poll() is None:
             child.kill()
-    if came:
+    if status and came:
         sys.exit(128 + came[0])
     if status:
+        error = work / _ERROR
+        if error.is_file():
+            raise UserError(error.read_text(encoding="utf-8"))
         raise UserError(f"{stage}: one of {count} processes failed (exit status {status})")
 
 
 def _first_node() -> str:
     listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
     return subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split()[0]
+
+
+def _torchrun(arguments: Sequence[str]) -> None:
+    """Be torchrun, deaf to the signals that the processes are told of by a file."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments]))
+    except ChildFailedError as error:
+        # What happened was said by the process that it happened to.
+        sys.exit(max([1, *(failure.exitcode for failure in error.failures.values())]))
+
+
+if __name__ == "__main__":
+    _torchrun(sys.argv[1:])

@@ -443,10 +443,15 @@ class Plan(Selection):
         """Where the preset's tables lie."""
         return RESULTS / "comparison" / self.name
 
+    def published(self) -> list[Path]:
+        """Return the files of papers' numbers."""
+        return sorted((self.library.folder / "published").glob("*.csv"))
+
     def grid(self) -> dict[str, Any]:
         """Return what `compare` and `track` need: the cells by id and path, without labels."""
         return {
             "preset": self.name,
+            "baseline": self.preset.baseline,
             "cells": [self._grid_cell(cell) for cell in self.cells],
             "tasks": {
                 name: {

@@ -163,6 +163,7 @@ def make_grid(
                 )
     grid = {
         "preset": preset,
+        "baseline": "lora",
         "cells": cells,
         "tasks": {task: {"benchmarks": of_task[task]} for task in tasks},
     }

@@ -124,7 +124,9 @@ def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         loading.read_rows(tmp_path / "t.jsonl", ("question",))
     with pytest.raises(UserError, match=r"no such folder: expected it to hold test\.jsonl"):
-        loading.locate(tmp_path, "gsm8k", "test")
+        loading.find_file(tmp_path / "gsm8k", "test")
+    # What a data_root has no folder of is read of the hub.
+    assert loading.locate(tmp_path, "gsm8k", "test") is None
     (tmp_path / "gsm8k").mkdir()
     with pytest.raises(UserError, match="no test or other file"):
         loading.locate(tmp_path, "gsm8k", "test", "other")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tlora.artefact import staged, write_text
-from tlora.comparison import collect, ledger, page, plots, tables
+from tlora.artefact import read_json, staged, write_text
+from tlora.comparison import collect, ledger, page, plots, published, tables
 
 
 def compare(
@@ -20,9 +20,10 @@ def compare(
         Not used: what is compared stands in the grid.
     inputs
         `grid`: grid.json, with paths relative to the working directory. The scores, train.json and
-        so on that it names are read too.
+        so on that it names are read too. `published.NAME`: numbers of papers, as CSV.
     out
-        Gets plots/{task}/*.png, ledger.csv, table.md, table.tex, table.html and, last, table.csv.
+        Gets plots/{task}/*.png, ledger.csv (runs), published.csv (papers' numbers beside ours),
+        table.md, table.tex, table.html and, last, table.csv.
     place
         `labels`: what people call models, tasks, methods and benchmarks.
 
@@ -32,12 +33,18 @@ def compare(
         For a broken artefact. A missing one, or a cell marked as failed, is shown as failed.
     """
     comparison = collect.load(Path(inputs["grid"]), place.get("labels"))
-    found = tables.records(comparison)
+    baseline = read_json(inputs["grid"])["baseline"]
+    found = tables.records(comparison, baseline)
+    printed = [path for name, path in sorted(inputs.items()) if name.startswith("published.")]
+    numbers = published.ledger(comparison, found, published.read(printed))
     with staged(out / "plots") as folder:
         folder.mkdir(parents=True)
         pictures = plots.draw(comparison, folder)
     write_text(out / "ledger.csv", tables.to_csv(ledger.entries(comparison)))
-    write_text(out / "table.md", tables.to_markdown(comparison, found))
+    write_text(out / "published.csv", tables.to_csv(list(numbers.rows)))
+    write_text(out / "table.md", tables.to_markdown(comparison, found, numbers))
     write_text(out / "table.tex", tables.to_latex(comparison, found))
-    write_text(out / "table.html", page.to_html(comparison, found, pictures, out / "plots"))
+    write_text(
+        out / "table.html", page.to_html(comparison, found, pictures, out / "plots", numbers)
+    )
     write_text(out / "table.csv", tables.to_csv(found, last=tables.COSTS))

@@ -32,12 +32,15 @@ from tlora.base_model import (
 )
 from tlora.checkpoints import delete_torn, last_checkpoint, seal, stop_callback
 from tlora.distributed import (
-    compile_nothing,
+    begin,
+    check_deepspeed,
+    check_installed,
     largest_of_all,
     launch,
     launched,
     processes,
     rank,
+    reported,
     split,
     whole_state,
     world_size,
@@ -45,6 +48,7 @@ from tlora.distributed import (
 from tlora.errors import UserError
 from tlora.probe import frozen_digests, held_out, probe
 from tlora.tasks import tokenised
+from tlora.tasks.prompts import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -60,43 +64,63 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
 
     Checkpoints, the log and the time spent so far lie in `place["work"]`, stamped with
     `place["stamp"]`: a run of another spec, input or code starts afresh. With `place["processes"]`
-    above 1, torchrun starts them, and each comes here again.
+    above 1, or `place["deepspeed"]`, torchrun starts them, and each comes here again.
 
     Raises
     ------
     UserError
-        Too few samples for one optimizer step, a batch that does not divide, or a loss that is not
-        finite.
+        Too few samples for one optimizer step, a batch that does not divide, a method that
+        DeepSpeed's settings do not fit, or a loss that is not finite.
     SystemExit
         After SIGTERM or SIGUSR1, with a checkpoint to go on from.
     """
     work = Path(place["work"])
+    if launched():
+        with reported(work):
+            begin(place)
+            _train(spec, inputs, out, place)
+        return
     samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
-    order, dropped = sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
-    steps = len(order) // spec["batch_size"]
-    micro, passes = split(spec["batch_size"], place.get("micro_batch"), processes(place))
-    if not launched():
-        stamped(work, place["stamp"])
-        delete_torn(work)
-        if processes(place) > 1 or place.get("deepspeed"):
-            launch("train", spec, inputs, out, place)
-            return
+    sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
+    split(spec["batch_size"], place.get("micro_batch"), processes(place))
+    if place.get("deepspeed"):
+        check_deepspeed(place["deepspeed"], methods.load(spec["implementation"]))
+        check_installed()
+    stamped(work, place["stamp"])
+    delete_torn(work)
+    if processes(place) > 1 or place.get("deepspeed"):
+        launch("train", spec, inputs, out, place)
+    else:
+        _train(spec, inputs, out, place)
+    # Weights of a full model make its checkpoints larger than what is kept.
+    remove(work)
 
+
+def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
+    """Train in this process, and in the others where there are more."""
     # Loading these takes seconds, which bad input need not wait for.
     import torch
     from safetensors.torch import save_file
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+    work = Path(place["work"])
+    samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
+    order, dropped = sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
+    steps = len(order) // spec["batch_size"]
+    micro, passes = split(spec["batch_size"], place.get("micro_batch"), processes(place))
     alone, on_cpu = world_size() == 1, not torch.cuda.is_available()
-    if place.get("deepspeed"):
-        if on_cpu:
-            compile_nothing()
+    deepspeed, halved = place.get("deepspeed"), spec["model"]["dtype"] == "bfloat16"
     set_seed(spec["seed"])
     method = methods.load(spec["implementation"])
     options = method.options(spec["options"])
-    model = load_model(spec["model"], place)
+    # What is trained is held in float32, or small changes are rounded away. Adapters are by PEFT,
+    # and DeepSpeed has its own copy.
+    widened = halved and not method.adapter and not deepspeed
+    model = load_model({**spec["model"], **({"dtype": "float32"} if widened else {})}, place)
     total = sum(parameter.numel() for parameter in model.parameters())
     model = _adapted(method, options, model, spec, inputs)
+    if halved and deepspeed:
+        _round(model)  # as DeepSpeed will: what is frozen is noted as it will be
     pad = padding_id(load_tokenizer(place))
     log = Log(work, steps, spec["epochs"])
     arguments = TrainingArguments(
@@ -110,11 +134,11 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         weight_decay=spec["weight_decay"],
         max_grad_norm=spec["max_grad_norm"],
         seed=spec["seed"],
-        bf16=spec["model"]["dtype"] == "bfloat16",
+        bf16=halved,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and not alone else None,
         ddp_find_unused_parameters=None if alone else False,
-        deepspeed=place.get("deepspeed"),
+        deepspeed=deepspeed,
         save_strategy="steps",
         save_steps=max(1, math.ceil(steps / CHECKPOINTS)),
         save_total_limit=2,
@@ -139,7 +163,19 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
 
             return SequentialSampler(self.train_dataset)
 
-    stop = stop_callback()
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        ) -> Any:
+            found = super().compute_loss(model, inputs, return_outputs, **kwargs)
+            targets = kwargs.get("num_items_in_batch")
+            if targets is None or not self.model.config.is_encoder_decoder:
+                return found
+            # These models divide by the targets of the micro batch, whatever they are told.
+            loss, *outputs = found if return_outputs else (found,)
+            loss = loss * (inputs["labels"] != IGNORED).sum() / targets
+            return (loss, *outputs) if return_outputs else loss
+
+    stop = stop_callback(work)
     callbacks = [_callback(log, place), stop, *extra.get("callbacks", [])]
     trainer = InOrder(
         model=model,
@@ -152,11 +188,13 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     checkpoint = last_checkpoint(work)
     log.start(checkpoint)
     with stop.listening():
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.signal and trainer.state.global_step < steps:
         logger.warning("signal %d: stopped after step %d", stop.signal, trainer.state.global_step)
         sys.exit(128 + stop.signal)
 
+    if widened:
+        _round(trainer.model)
     # With parameters spread over the processes, these two need all of them.
     answers = probe(trainer.model, held_out(inputs["prepare"]))
     state = whole_state(trainer)
@@ -167,7 +205,9 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         _save(trainer.model, temporary, place, state)
     with staged(out / "probe.safetensors") as temporary:
         save_file(answers, temporary)
-    write_text(out / "log.jsonl", (work / "log.jsonl").read_text(encoding="utf-8"))
+    history = (work / "log.jsonl").read_text(encoding="utf-8")
+    write_text(out / "log.jsonl", history)
+    losses = [json.loads(line)["loss"] for line in history.splitlines()]
     tokens = sum(len(samples[index]["input_ids"]) for index in order)
     seconds = log.seconds()
     write_json(
@@ -188,14 +228,13 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
             "processes": world_size(),
             "peak_memory_bytes": peak,
             "final_loss": log.last_loss,
-            "mean_loss": result.training_loss,
+            "mean_loss": sum(losses) / len(losses),
             "attempts": log.attempts,
             "frozen": frozen,
             "files": sha256_tree(out / "weights"),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         },
     )
-    remove(work)
 
 
 def sample_order(count: int, batch_size: int, epochs: float, seed: int) -> tuple[list[int], int]:
@@ -341,7 +380,7 @@ def _callback(log: Log, place: dict[str, Any]) -> TrainerCallback:
 
     from tlora.tracking import live_logger
 
-    live = live_logger(place)
+    live = live_logger(place if rank() == 0 else {})
 
     class Logging(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -380,6 +419,14 @@ def _adapted(
         seed=spec["seed"],
     )
     return method.adapt(model, options, context)
+
+
+def _round(model: Any) -> None:
+    """Round all parameters to bfloat16; buffers, such as rotary frequencies, stay as they are."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _save(model: Any, folder: Path, place: dict[str, Any], state: dict | None) -> None:

@@ -122,8 +122,14 @@ def find_file(folder: Path, *stems: str) -> Path:
 
 
 def locate(data_root: Path | None, folder: str, *stems: str) -> Path | None:
-    """Return the file of `find_file` in a folder of `data_root`, None without a `data_root`."""
-    return None if data_root is None else find_file(Path(data_root) / folder, *stems)
+    """Return the file of `find_file` in a folder of `data_root`; None where it has no such folder.
+
+    What `data_root` does not hold is read of the hub, so that it may hold some sources only; in a
+    folder that is there, everything is expected.
+    """
+    if data_root is None or not (Path(data_root) / folder).is_dir():
+        return None
+    return find_file(Path(data_root) / folder, *stems)
 
 
 def local_sources(path: Path | None, hub: Sequence[HubSplit]) -> dict[str, Path]:

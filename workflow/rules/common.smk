@@ -91,6 +91,11 @@ def folder(wildcards, output):
     return os.path.dirname(output[0])
 
 
+def printed(wildcards, input):
+    """Params function: the numbers that papers print, as NAME=PATH."""
+    return [f"published.{Path(path).stem}={path}" for path in input.published]
+
+
 def labels(wildcards, input):
     """Params function: what people call things. Changing a label reruns nothing; the next table
     that is built shows it."""

@@ -17,6 +17,7 @@ rule compare:
         scores=[str(unit.main) for unit in PLAN.of("score")],
         runs=[str(unit.main) for unit in PLAN.of("train")],
         overlaps=[str(unit.main) for unit in PLAN.of("overlap")],
+        published=[relative(path) for path in PLAN.published()],
         code=[relative(path) for path in stage_files("compare", {})],
     output:
         csv=report(COMPARISON / "table.csv", category="comparison", caption="../report/table.rst"),
@@ -24,6 +25,7 @@ rule compare:
         latex=COMPARISON / "table.tex",
         html=report(COMPARISON / "table.html", category="comparison", caption="../report/table.rst"),
         ledger=COMPARISON / "ledger.csv",
+        published=COMPARISON / "published.csv",
         plots=report(
             directory(COMPARISON / "plots"),
             patterns=["{task}/{picture}__{model}__{method}.png"],
@@ -39,11 +41,12 @@ rule compare:
     params:
         out=folder,
         place=labels,
+        inputs=printed,
     message:
         "compare"
     shell:
         "tlora compare --spec '{{}}' --place {params.place:q} --input grid={input.grid:q} "
-        "--out {params.out:q} --log {log:q}"
+        "{params.inputs:q} --out {params.out:q} --log {log:q}"
 
 
 # A dead MLflow server fails nothing; what it missed is made up for by the next run.
