@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "score":
             stage.add_argument("benchmark", nargs="?", help="a benchmark or a scorer")
             stage.add_argument("generations", nargs="?", type=Path, help="JSON lines")
+            stage.add_argument(
+                "--unsafe-no-sandbox",
+                action="store_true",
+                help="run generated code with all your rights where no sandbox can be had",
+            )
+            stage.add_argument("--workers", type=int, help="processes of a file's scoring")
         if verb == "export":
             stage.add_argument("--for", dest="engine", choices=["vllm"], help="a serving engine")
             stage.add_argument("adapter", nargs="?", type=Path, help="an exported adapter")
@@ -238,7 +244,12 @@ def _score_file(options: argparse.Namespace) -> None:
 
         benchmark, _ = Library(Path("config")).benchmark(implementation, "score")
         implementation, scorer_options = benchmark.implementation, benchmark.options
-    context = Context(place=_json("--place", options.place))
+    place = _json("--place", options.place)
+    if options.unsafe_no_sandbox:
+        place["unsafe_no_sandbox"] = True
+    if options.workers:
+        place["workers"] = options.workers
+    context = Context(place=place)
     result = score_file(implementation, options.generations, options.out, scorer_options, context)
     shares = result["metric"] != "score"
     metrics = ", ".join(

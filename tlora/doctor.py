@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import queue
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 from tlora.errors import UserError
 
 OK, WARN, FAIL = "ok", "warn", "fail"
+LEAST_PYTHON = (3, 11)
 SECONDS = 9.0
 """How long all checks together may take."""
 ANSWER = 3.0
@@ -87,8 +89,6 @@ def examine(plan: Callable[[], Any] | None = None, seconds: float = SECONDS) -> 
     ]
     if plan is not None:
         checks.append(("preset", lambda: _preset(plan), False))
-    # Two threads that import one library at the same time can get in each other's way.
-    _import_early("torch", "huggingface_hub")
     answers: dict[str, queue.SimpleQueue] = {}
     for name, check, _ in checks:
         answers[name] = queue.SimpleQueue()
@@ -116,14 +116,6 @@ def report(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _import_early(*names: str) -> None:
-    for name in names:
-        try:
-            __import__(name)
-        except Exception:
-            continue  # the check that needs it says so
-
-
 def _run(check: Check, answer: queue.SimpleQueue) -> None:
     try:
         answer.put(check())
@@ -144,12 +136,12 @@ def _short(error: object) -> str:
 
 def _python() -> tuple[str, str, str]:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return FAIL, f"{version}", "3.11 or newer is needed: make PYTHON=python3.11"
-    where = (
-        "in a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
-    )
-    return OK, f"{version}, {where}", ""
+    if sys.version_info[:2] < LEAST_PYTHON:
+        return FAIL, version, "3.11 or newer is needed: make PYTHON=python3.11"
+    kind = "in a virtual environment"
+    if sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ:
+        kind = "in no environment of its own"
+    return OK, f"{version}, {kind}", ""
 
 
 def _locks() -> Path | None:
@@ -275,7 +267,7 @@ def _further(package: str, lock: str, purpose: str) -> tuple[str, str, str]:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if lock == "vllm":
-            advice = "snakemake --software-deployment-method conda makes its own environment"
+            advice = "it has an environment of its own, envs/vllm.lock"
         else:
             advice = f"python -m pip install --no-deps -r envs/{lock}.lock"
         return WARN, f"not installed; {purpose} needs it", advice
@@ -315,8 +307,8 @@ def _slurm() -> tuple[str, str, str]:
         except subprocess.TimeoutExpired:
             return WARN, f"{arguments[0]}: no answer within 5 s", "is the controller up?"
         if done.returncode != 0:
-            said = _short(done.stderr or f"status {done.returncode}")
-            return WARN, f"{arguments[0]}: {said}", "only `--profile slurm` needs it"
+            said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+            return WARN, _short(said), "only `--profile slurm` needs it"
         if arguments[0] == "sinfo":
             partitions = " ".join(sorted(set(done.stdout.replace("*", "").split())))
     advice = "" if partitions else "the profile needs one"
@@ -340,7 +332,7 @@ def _mlflow() -> tuple[str, str, str]:
     reason = unreachable(uri, ANSWER)
     if reason is None:
         return OK, redact(uri), ""
-    advice = "runs go on without it; `snakemake track` catches up later"
+    advice = "runs go on without it, and a later `snakemake` catches up"
     return WARN, f"{redact(uri)}: {_short(reason)}", advice
 
 

@@ -4,13 +4,19 @@ Every process of a job is a fork of this one, which has imported everything: sta
 nothing takes ten seconds each. What torchrun would tell them, they are told here; torchrun itself
 is tested with few jobs.
 
-JOBS.json: a list of {"spec", "inputs", "out", "place"} of the stage `train`, and "kill": steps,
-at each of which all processes kill themselves before one more attempt. Of a job that fails, the
-output ends with its processes' tracebacks; the others go on.
+JOBS.json: a list of {"spec", "inputs", "out", "place"} of the stage `train`, and "faults": what
+happens to the attempts before the last one, each [what, step]:
+
+kill    all processes are killed when they log the step
+torn    all processes are killed when they have saved the step's checkpoint, before it is sealed
+full    the disk is full for the optimizer's state of the step's checkpoint
+
+Of a job that fails otherwise, the output has its processes' tracebacks; the others go on.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -20,6 +26,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+STATUS = {"kill": signal.SIGKILL, "torn": signal.SIGKILL, "full": 1 << 8, None: 0}
+
+
+class Ended(Exception):
+    """The processes ended otherwise than well."""
 
 
 def run(function: Callable[[], None], processes: int, alone: bool) -> list[int]:
@@ -45,8 +57,6 @@ def run(function: Callable[[], None], processes: int, alone: bool) -> list[int]:
             try:
                 function()
                 status = 0
-            except SystemExit as error:
-                status = int(error.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -57,66 +67,95 @@ def run(function: Callable[[], None], processes: int, alone: bool) -> list[int]:
     return [os.waitpid(child, 0)[1] for child in children]
 
 
-def attempt(job: dict[str, Any], kill: int | None) -> None:
-    """Train once; return where it succeeded, or was killed as it was to be.
+def plant(stage: Any, what: str, step: int, work: Path) -> None:
+    """Make a fault happen in this process."""
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    row, seal = stage.Log.row, stage.seal
+
+    def logging(log: Any, at: int, values: dict[str, float]) -> Any:
+        if at == step and what == "kill":
+            kill()
+        if at == step and what == "full" and os.environ.get("RANK", "0") == "0":
+            folder = work / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "optimizer.pt").symlink_to("/dev/full")
+        return row(log, at, values)
+
+    def sealing(checkpoint: Path) -> None:
+        if what == "torn" and checkpoint.name == f"checkpoint-{step}":
+            kill()
+        seal(checkpoint)
+
+    stage.Log.row, stage.seal = logging, sealing
+
+
+def attempt(job: dict[str, Any], what: str | None, step: int) -> None:
+    """Train once; return where it succeeded, or ended as it was to end.
 
     Raises
     ------
-    RuntimeError
+    Ended
         Otherwise.
     """
     from tlora.stages import train as stage
 
     place, inputs = job["place"], {name: Path(path) for name, path in job["inputs"].items()}
-    row = stage.Log.row
-
-    def killing(log: Any, at: int, values: dict[str, float]) -> Any:
-        if at == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return row(log, at, values)
 
     def train() -> None:
-        stage.Log.row = killing
+        if what is not None:
+            plant(stage, what, step, Path(place["work"]))
         stage.train(job["spec"], inputs, Path(job["out"]), place)
 
     def launch(*_: Any) -> None:
         statuses.extend(run(train, place["processes"], alone=False))
+        if any(statuses):
+            raise Ended
 
     statuses: list[int] = []
-    alone = place["processes"] == 1 and not place.get("deepspeed")
-    if alone:
+    if place["processes"] == 1 and not place.get("deepspeed"):
         statuses.extend(run(train, 1, alone=True))
     else:
-        # What a job does before it starts its processes, and then they.
+        # What a job does before it starts its processes, they, and what it does afterwards.
         stage.launch = launch
-        stage.train(job["spec"], inputs, Path(job["out"]), place)
-    expected = 0 if kill is None else signal.SIGKILL
-    if statuses != [expected] * place["processes"]:
-        raise RuntimeError(f"wait statuses {statuses}: expected {expected}")
+        try:
+            stage.train(job["spec"], inputs, Path(job["out"]), place)
+        except Ended:
+            pass
+    if statuses != [STATUS[what]] * place["processes"]:
+        raise Ended(f"{job['out']}: wait statuses {statuses}: expected {STATUS[what]}")
 
 
-def main(jobs: list[dict[str, Any]]) -> int:
-    """Run all jobs; return how many failed."""
+def prepare(jobs: list[dict[str, Any]]) -> None:
+    """Import what the processes will import, and fill caches of theirs."""
     import torch
 
     torch.set_num_threads(1)
     import accelerate  # noqa: F401
     import peft  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import safetensors.torch  # noqa: F401
     import transformers
 
+    for kind, path in {(j["spec"]["model"]["architecture"], j["place"]["model"]) for j in jobs}:
+        name = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}[kind]
+        getattr(transformers, name).from_pretrained(path)
     transformers.Trainer  # noqa: B018
     if any(job["place"].get("deepspeed") for job in jobs):
-        import deepspeed  # noqa: F401
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (compiles: imports much)
+    gc.freeze()
+
+
+def main(jobs: list[dict[str, Any]]) -> int:
+    """Run all jobs; return how many failed."""
+    prepare(jobs)
     failed = 0
     for job in jobs:
         try:
-            for kill in [*job.get("kill", []), None]:
-                attempt(job, kill)
+            for what, step in [*job.get("faults", []), (None, 0)]:
+                attempt(job, what, step)
         except Exception:
             failed += 1
-            print(f"failed: {job['out']}", file=sys.stderr)
             traceback.print_exc()
     return failed
 

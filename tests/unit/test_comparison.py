@@ -559,3 +559,21 @@ def test_nothing_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_test_records_in_the_training_data_are_a_footnote(here: Path) -> None:
+    """Of every benchmark of the task, by its label."""
+    grid = make_grid(Path("results"), steps=10)
+    found = {"n": 500, "exact": 3, "ngram13": 17}
+    Path("overlap.json").write_text(json.dumps(found))
+
+    def change(content: dict) -> None:
+        task = content["cells"][0]["task"]
+        name = content["tasks"][task]["benchmarks"][0]
+        content["tasks"][task]["overlaps"] = {name: "overlap.json", "absent": "none.json"}
+
+    edit(grid, change)
+    run(grid)
+    text = (grid.parent / "table.md").read_text()
+    line = "of 500 test records 3 stand in the training data, 17 share 13 words in a row with it."
+    assert text.count(line) == 1

@@ -171,6 +171,8 @@ class Section:
     ----------
     card
         The data card of `prepare` ({} where it is absent).
+    overlaps
+        overlap.json by benchmark, as far as there.
     """
 
     model: str
@@ -180,6 +182,7 @@ class Section:
     benchmarks: tuple[str, ...]
     rows: tuple[Row, ...]
     card: dict[str, Any] = field(default_factory=dict)
+    overlaps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -252,6 +255,7 @@ def load(grid_path: Path, labels: dict[str, dict[str, str]] | None = None) -> Co
             rows = [_row(found, grid_path) for found in runs[task, model].values()]
             seen = dict.fromkeys(b for row in rows for run in row.runs for b in run.scores)
             described = grid["tasks"].get(task, {})
+            looked = {k: _optional(Path(v)) for k, v in described.get("overlaps", {}).items()}
             sections.append(
                 Section(
                     model=model,
@@ -261,6 +265,7 @@ def load(grid_path: Path, labels: dict[str, dict[str, str]] | None = None) -> Co
                     benchmarks=tuple(described.get("benchmarks") or seen),
                     rows=tuple(sorted(rows, key=lambda row: not row.base)),
                     card=cards.get((task, model), {}),
+                    overlaps={name: found for name, found in looked.items() if found},
                 )
             )
     names = [benchmark for section in sections for benchmark in section.benchmarks]

@@ -484,6 +484,11 @@ def notes(
     lines += _failure_notes(section)
     for name, digest in sorted((section.card.get("sha256") or {}).items()):
         lines.append(f"Data: {name}, SHA-256 {digest[:digits]}.")
+    for name, found in section.overlaps.items():
+        lines.append(
+            f"{labels.get(name, name)}: of {found['n']:,} test records {found['exact']:,} stand in "
+            f"the training data, {found['ngram13']:,} share 13 words in a row with it."
+        )
     return lines
 
 

@@ -9,11 +9,11 @@ do not fit the model that is to go on, and neither importances nor pattern.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora import zero
 from tlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tlora.methods import Base, Context
+
+ZERO = 2
+"""PEFT's orthogonality term gathers weights in its own way, which confuses ZeRO-3."""
 
 _IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _STATE, _PATTERN = "adalora.safetensors", "adalora.json"
@@ -135,29 +138,39 @@ def trainer(model: PeftModel, options: Options, context: dict[str, Any]) -> dict
     config.total_step = context["steps"]
     config.tinit, config.tfinal = schedule(options, context["steps"])
 
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    values = [parameter for name, parameter in trained.items() if ".lora_E." in name]
+
     class Allocate(TrainerCallback):
-        engine: _Engine | None = None
+        def __init__(self) -> None:
+            self.gradients: list[Tensor] = []
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            def take() -> None:
+                # The importances of later steps are not asked for.
+                wanted = state.global_step <= config.total_step - config.tfinal
+                self.gradients = zero.gradients_of([*trained.values()]) if wanted else []
+
             if args.deepspeed_plugin is not None:
-                last = config.total_step - config.tfinal
-                zero = kwargs["optimizer"].optimizer
-                self.engine = _Engine(model, zero, lambda: state.global_step <= last)
+                zero.before_step(kwargs["optimizer"].optimizer, take)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Steps from 0, and gradients not zeroed yet, as PEFT has it.
-            if self.engine is None:
-                model.base_model.update_and_allocate(state.global_step)
-                return
-            with self.engine.gradients(args.max_grad_norm):
+            block: Any = contextlib.nullcontext()
+            if args.deepspeed_plugin is not None:
+                gradients, self.gradients = self.gradients, []
+                block = zero.around([*trained.values()], values, gradients, args.max_grad_norm)
+            with block:
+                # Steps from 0, weights after the step and gradients before it, as PEFT has it.
                 model.base_model.update_and_allocate(state.global_step)
 
     class AdaLora:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             # A loss that is divided by the tokens of the whole step is not divided by the number of
-            # micro batches or processes again: PEFT's term then counts once for each.
+            # micro batches or processes again: PEFT's term then counts once for each. That of an
+            # encoder-decoder is weighted, its term with it, by its share of those tokens.
             items = kwargs.get("num_items_in_batch")
             whole = self.model_accepts_loss_kwargs and items is not None
+            whole = whole and not self.model.config.is_encoder_decoder
             micro_batches = self.current_gradient_accumulation_steps
             parts = micro_batches * self.accelerator.num_processes if whole else 1
             config.orth_reg_weight = options.orthogonality / parts
@@ -182,66 +195,6 @@ def trainer(model: PeftModel, options: Options, context: dict[str, Any]) -> dict
                 config.rank_pattern = load_state(allocator, Path(checkpoint), self.model.device)
 
     return {"callbacks": [Allocate()], "mixin": AdaLora}
-
-
-class _Engine:
-    """Gradients and weights of a model whose optimizer is DeepSpeed's ZeRO, stage 2 or 3.
-
-    Gradients, spread over the processes, exist only until the optimizer's step; the weights that it
-    goes on from are a copy in float32 of those in the model.
-
-    Parameters
-    ----------
-    model
-        With the adapter.
-    optimizer
-        DeepSpeed's own.
-    wanted
-        Tells before a step whether its gradients will be asked for.
-    """
-
-    def __init__(self, model: PeftModel, optimizer: Any, wanted: Callable[[], bool]) -> None:
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.trained = list(trained.values())
-        self.values = [p for n, p in trained.items() if ".lora_E." in n]
-        self.taken: list[Tensor] = []
-        step = optimizer.step
-
-        def stepping(*args: Any, **kwargs: Any) -> Any:
-            from deepspeed.utils import safe_get_full_grad
-
-            self.taken = [safe_get_full_grad(p) for p in self.trained] if wanted() else []
-            return step(*args, **kwargs)
-
-        optimizer.step = stepping
-
-    @contextlib.contextmanager
-    def gradients(self, max_norm: float) -> Iterator[None]:
-        """Whole weights, and their gradients clipped as the step did; what is made 0 stays 0.
-
-        Parameters
-        ----------
-        max_norm
-            Of all gradients together.
-        """
-        import torch
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        rest = [p for p in self.trained if not any(p is value for value in self.values)]
-        with GatheredParameters(rest), GatheredParameters(self.values, modifier_rank=0):
-            if self.taken:
-                norm = torch.nn.utils.get_total_norm(self.taken)
-                factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-                for parameter, gradient in zip(self.trained, self.taken, strict=True):
-                    parameter.grad = (gradient * factor).to(parameter.dtype)
-            yield
-            for parameter in self.trained:
-                parameter.grad = None
-            self.taken = []
-            pruned = [value == 0 for value in self.values]
-        for value, zeros in zip(self.values, pruned, strict=True):
-            safe_set_full_fp32_param(value, safe_get_full_fp32_param(value).masked_fill(zeros, 0))
 
 
 def save_state(allocator: RankAllocator, pattern: dict | None, folder: Path) -> None:
