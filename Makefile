@@ -26,8 +26,11 @@ DEMO := results/comparison/config
 ifneq ($(shell .venv/bin/python -c "" 2>/dev/null && cat .venv/.core-stamp 2>/dev/null),$(CURDIR))
 .venv/.core-stamp: FORCE
 endif
+ifneq ($(shell .venv-vllm/bin/python -c "" 2>/dev/null && cat .venv-vllm/.stamp 2>/dev/null),$(CURDIR))
+.venv-vllm/.stamp: FORCE
+endif
 
-.PHONY: help demo test test-fast lint format envs clean clean-results FORCE
+.PHONY: help demo test test-fast vllm-test lint format envs clean clean-results FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -39,11 +42,13 @@ demo: .venv/.core-stamp ## install, run the default comparison, write its report
 	fi
 	@.venv/bin/tlora table config/config.yaml
 
-test: .venv/.dev-stamp ## install and run all tests
+test: .venv/.dev-stamp .venv-vllm/.stamp ## install and run all tests
 	@$(WITH_VENV) python -m pytest $(PYTEST_ARGS)
 
 test-fast: .venv/.dev-stamp ## the tests that are not marked slow (under three minutes)
 	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses 2 $(PYTEST_ARGS)
+
+vllm-test: .venv-vllm/.stamp ## install vLLM for the CPU, which only tests use (1.4 GB, x86-64)
 
 lint: .venv/.dev-stamp ## check style, formatting, the workflow and the direction of imports
 	@$(WITH_VENV) ruff check .
@@ -60,8 +65,8 @@ format: .venv/.dev-stamp ## rewrite Python and Snakemake files in the project's 
 envs: ## write envs/*.yaml from envs/*.lock
 	@$(PYTHON) envs/render.py
 
-clean: ## remove .venv, build products and tools' caches; results stay
-	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove .venv, .venv-vllm, build products and tools' caches; results stay
+	@rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find tlora tests workflow envs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-results: ## remove results, logs and Snakemake's records (asks; YES=1 does not ask)
@@ -99,5 +104,26 @@ clean-results: ## remove results, logs and Snakemake's records (asks; YES=1 does
 	@$(PIP) install --no-deps $(addprefix --requirement ,$(filter %.lock,$^))
 	@.venv/bin/python -m pip check
 	@touch $@
+
+# An environment on top of .venv: torch and most of the rest is not installed twice. Tests that need
+# it are skipped where it cannot be had; its stamp then says why.
+.venv-vllm/.stamp: .venv/.dev-stamp envs/vllm-test.lock
+	@mkdir -p .venv-vllm; echo '*' > .venv-vllm/.gitignore; echo "not finished" > $@; reason=; \
+	paths='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	pip=".venv/bin/python -m pip --python .venv-vllm/bin/python install --no-deps"; \
+	if [ "$$(uname -sm)" != "Linux x86_64" ] || ! grep -qw avx2 /proc/cpuinfo; then \
+		reason="needs Linux on x86-64 with AVX2"; \
+	else \
+		echo "installing envs/vllm-test.lock"; \
+		{ .venv/bin/python -m venv --without-pip .venv-vllm && \
+		.venv/bin/python -c "$$paths" > "$$(.venv-vllm/bin/python -c "$$paths")/core.pth" && \
+		$$pip --requirement envs/vllm-test.lock && \
+		$$pip --no-build-isolation --editable . && \
+		.venv-vllm/bin/python -c 'from vllm import LLM'; } > .venv-vllm/install.log 2>&1 || \
+			reason="could not be installed, see .venv-vllm/install.log"; \
+	fi; \
+	if [ -n "$$reason" ]; then \
+		echo "$$reason" > $@; echo "vLLM for the CPU: $$reason: its tests will be skipped" >&2; \
+	else printf '%s\n' "$(CURDIR)" > $@; fi
 
 FORCE:

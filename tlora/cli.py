@@ -323,10 +323,10 @@ def _estimate(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from tlora.doctor import examine, report
+    from tlora.doctor import CHECKS, examine, of_preset, report
 
-    plan = functools.partial(_plan, options) if options.preset else None
-    findings = examine(plan)
+    build = functools.partial(_plan, options)
+    findings = examine({**CHECKS, "preset": of_preset(build)} if options.preset else CHECKS)
     print(report(findings))
     if any(finding.needed and finding.state == "fail" for finding in findings):
         sys.exit(1)

@@ -104,10 +104,15 @@ def largest_of_all(value: int) -> int:
     return int(tensor)
 
 
+def spread(trainer: Any) -> bool:
+    """Tell whether a Trainer's weights are spread over the processes (ZeRO-3)."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def whole_state(trainer: Any) -> dict[str, Any] | None:
-    """Return the model's weights where they are spread over the processes (ZeRO-3), else None."""
-    config = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if config is None or config.zero_stage < 3:
+    """Return weights that are spread over the processes, on the first; None where they are not."""
+    if not spread(trainer):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 

@@ -62,46 +62,29 @@ class Finding:
 Check = Callable[[], tuple[str, str, str]]
 
 
-def examine(plan: Callable[[], Any] | None = None, seconds: float = SECONDS) -> list[Finding]:
-    """Run all checks at once; returns their findings in a fixed order.
+def examine(checks: Mapping[str, Check], seconds: float = SECONDS) -> list[Finding]:
+    """Run checks, all at once; returns their findings in the order of the checks.
 
     Parameters
     ----------
-    plan
-        Builds a preset's `Plan`; then it is checked whether what the preset reads is here.
+    checks
+        `CHECKS`, or some of them, and `of_preset(...)`.
     seconds
         After which a check that has not answered counts as failed.
     """
-    checks: list[tuple[str, Check, bool]] = [
-        ("python", _python, True),
-        ("packages", _packages, True),
-        ("disk", _disk, True),
-        ("torch", _torch, False),
-        ("bf16", _bf16, False),
-        ("deepspeed", lambda: _further("deepspeed", "train", "training on several GPUs"), False),
-        ("vllm", lambda: _further("vllm", "vllm", "generation with `backend: vllm`"), False),
-        ("sandbox", _sandbox, False),
-        ("snakemake", _snakemake, False),
-        ("slurm", _slurm, False),
-        ("apptainer", _apptainer, False),
-        ("mlflow", _mlflow, False),
-        ("hub", _hub, False),
-    ]
-    if plan is not None:
-        checks.append(("preset", lambda: _preset(plan), False))
     answers: dict[str, queue.SimpleQueue] = {}
-    for name, check, _ in checks:
+    for name, check in checks.items():
         answers[name] = queue.SimpleQueue()
         # A thread that hangs must not keep the process from ending.
         threading.Thread(target=_run, args=(check, answers[name]), daemon=True).start()
     deadline = time.monotonic() + seconds
     findings = []
-    for name, _, needed in checks:
+    for name in checks:
         try:
             found = answers[name].get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             found = (FAIL, f"no answer within {seconds:g} s", "look at what it asks, and try again")
-        findings.append(Finding(name, *found, needed=needed))
+        findings.append(Finding(name, *found, needed=name in NEEDED))
     return findings
 
 
@@ -153,6 +136,8 @@ def _locks() -> Path | None:
 
 
 def _pins(lock: Path) -> dict[str, str]:
+    if not lock.is_file():
+        return {}
     lines = lock.read_text(encoding="utf-8").splitlines()
     matches = [_PIN.fullmatch(line.strip()) for line in lines]
     return {match[1]: match[2] for match in matches if match}
@@ -364,19 +349,49 @@ def _token() -> bool:
     return get_token() is not None
 
 
-def _preset(build: Callable[[], Any]) -> tuple[str, str, str]:
-    """Check whether what a preset reads of the hub is in the cache."""
-    from tlora.estimate import cached
+def of_preset(build: Callable[[], Any]) -> Check:
+    """Return the check whether what a preset reads of the hub is in the cache.
 
-    items = [item for unit in build().of("download") for item in unit.spec["items"]]
-    named = {str(item.get("repo") or item.get("url") or item.get("data")): item for item in items}
-    missing = [name for name, item in named.items() if not cached(item)]
-    if not missing:
-        text = f"all {len(named)} repositories and files are in the cache" if named else "all local"
-        return OK, text, ""
-    text = f"{len(missing)} of {len(named)} not in the cache: {_few(missing)}"
-    if _offline():
-        return FAIL, text, "HF_HUB_OFFLINE is set: run `tlora download PRESET` without it"
-    gated = any(named[name]["kind"] == "model" for name in missing) and not _token()
-    login = "; gated models need `hf auth login`" if gated else ""
-    return WARN, text, f"`tlora download PRESET` fetches them{login}"
+    Parameters
+    ----------
+    build
+        Returns the preset's `Plan`.
+    """
+
+    def check() -> tuple[str, str, str]:
+        from tlora.estimate import cached
+
+        items = [item for unit in build().of("download") for item in unit.spec["items"]]
+        found = {str(item.get("repo") or item.get("url") or item["data"]): item for item in items}
+        missing = [name for name, item in found.items() if not cached(item)]
+        if not found:
+            return OK, "all that it reads is local or embedded", ""
+        if not missing:
+            return OK, f"all {len(found)} repositories and files that it reads are in the cache", ""
+        text = f"{len(missing)} of {len(found)} not in the cache: {_few(missing)}"
+        if _offline():
+            return FAIL, text, "HF_HUB_OFFLINE is set: run `tlora download PRESET` without it"
+        gated = any(found[name]["kind"] == "model" for name in missing) and not _token()
+        login = "; gated models need `hf auth login`" if gated else ""
+        return WARN, text, f"`tlora download PRESET` fetches them{login}"
+
+    return check
+
+
+CHECKS: dict[str, Check] = {
+    "python": _python,
+    "packages": _packages,
+    "disk": _disk,
+    "torch": _torch,
+    "bf16": _bf16,
+    "deepspeed": lambda: _further("deepspeed", "train", "training on several GPUs"),
+    "vllm": lambda: _further("vllm", "vllm", "generation with `backend: vllm`"),
+    "sandbox": _sandbox,
+    "snakemake": _snakemake,
+    "slurm": _slurm,
+    "apptainer": _apptainer,
+    "mlflow": _mlflow,
+    "hub": _hub,
+}
+NEEDED = ("python", "packages", "disk")
+"""What every run needs."""

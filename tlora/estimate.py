@@ -163,8 +163,8 @@ def cached(item: Mapping[str, Any]) -> bool:
 def rows(source: str, data: Mapping[str, Any], split: str, data_root: str | None) -> int | None:
     """Return how many completions or samples a source gives, without the network.
 
-    What the source's own `rows(data, split)` says; else embedded and small local data is read;
-    else `samples` of its options. None where nothing tells.
+    Embedded and small local data is read; else it is what the source's own `rows(data, split)`
+    says, else `samples` of its options. None where nothing tells.
     """
     return _rows(source, json.dumps(data, sort_keys=True), split, data_root)
 
@@ -173,9 +173,6 @@ def rows(source: str, data: Mapping[str, Any], split: str, data_root: str | None
 def _rows(source: str, data: str, split: str, data_root: str | None) -> int | None:
     module = importlib.import_module(f"tlora.tasks.{source}")
     options = module.Data(**json.loads(data))
-    known = module.rows(options, split) if hasattr(module, "rows") else None
-    if known is not None:
-        return known
     root = None if data_root is None else Path(data_root)
     try:
         files = module.sources(options, split, root)
@@ -186,7 +183,9 @@ def _rows(source: str, data: str, split: str, data_root: str | None) -> int | No
             records = module.load(options, split, root)
             return sum(len(record.get("turns") or [""]) for record in records)
     except (UserError, OSError):
-        pass
+        pass  # the job that needs the data says so
+    if hasattr(module, "rows"):
+        return module.rows(options, split)
     return getattr(options, "samples", None) if split == "train" else None
 
 
@@ -404,8 +403,8 @@ class _Estimator:
         method = methods.load(unit.spec["implementation"])
         cost = Cost(cpu=self.assumed.start)
         if method.merges(method.options(unit.spec["options"])):
-            cost.temporary = self._bytes(name)
-            cost.cpu += 2 * cost.temporary / (self.assumed.load * GB)
+            cost.kept = self._bytes(name)
+            cost.cpu += 2 * cost.kept / (self.assumed.load * GB)
         elif train.spec["rank"] is not None:
             # One that was initialised from weights or data has twice the rank where B0 is not 0.
             times = 2 if train.spec["initialize"] else 1
@@ -540,8 +539,8 @@ def table(found: Estimate) -> str:
         "  generation: 2 N FLOP a token of the prompt; a step reads all weights and the cache",
         "  the adapter gate: four models loaded in each number format",
         "  adapters float32, twice the rank after an initialisation, at most; all weights in the",
-        "  model's number format; two checkpoints of weights and Adam's states; merged models are",
-        "  deleted once they are scored; a GPU job's own CPU cores are not counted",
+        "  model's number format, merged ones too; two checkpoints of weights and Adam's states;",
+        "  a GPU job's own CPU cores are not counted",
         "",
     ]
     options = [

@@ -16,6 +16,7 @@ Of a job that fails otherwise, the output has its processes' tracebacks; the oth
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WORKERS = 2
 STATUS = {"kill": signal.SIGKILL, "torn": signal.SIGKILL, "full": 1 << 8, None: 0}
 
 
@@ -39,32 +41,36 @@ def run(function: Callable[[], None], processes: int, alone: bool) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            if not alone:
-                os.environ |= {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                    "TORCHELASTIC_RUN_ID": "test",
-                }
-            status = 1
-            try:
-                function()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
+    told = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    ranks = [
+        {} if alone else {**told, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)
+    ]
+    children = [fork(function, more) for more in ranks]
     return [os.waitpid(child, 0)[1] for child in children]
+
+
+def fork(function: Callable[[], None], environment: dict[str, str] | None = None) -> int:
+    """Run a function in a fork of this process, with more in its environment; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ |= environment or {}
+    status = 1
+    try:
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def plant(stage: Any, what: str, step: int, work: Path) -> None:
@@ -120,10 +126,8 @@ def attempt(job: dict[str, Any], what: str | None, step: int) -> None:
     else:
         # What a job does before it starts its processes, they, and what it does afterwards.
         stage.launch = launch
-        try:
+        with contextlib.suppress(Ended):
             stage.train(job["spec"], inputs, Path(job["out"]), place)
-        except Ended:
-            pass
     if statuses != [STATUS[what]] * place["processes"]:
         raise Ended(f"{job['out']}: wait statuses {statuses}: expected {STATUS[what]}")
 
@@ -147,17 +151,21 @@ def prepare(jobs: list[dict[str, Any]]) -> None:
 
 
 def main(jobs: list[dict[str, Any]]) -> int:
-    """Run all jobs; return how many failed."""
+    """Run all jobs, some at a time; return 0 where this itself went well."""
     prepare(jobs)
-    failed = 0
-    for job in jobs:
-        try:
-            for what, step in [*job.get("faults", []), (None, 0)]:
-                attempt(job, what, step)
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-    return failed
+
+    def work() -> None:
+        for job in jobs[len(workers) :: WORKERS]:
+            try:
+                for what, step in [*job.get("faults", []), (None, 0)]:
+                    attempt(job, what, step)
+            except Exception:
+                traceback.print_exc()
+
+    workers: list[int] = []
+    while len(workers) < WORKERS:
+        workers.append(fork(work))
+    return max(os.waitpid(worker, 0)[1] for worker in workers)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from tlora.distributed import (
     rank,
     reported,
     split,
+    spread,
     whole_state,
     world_size,
 )
@@ -195,10 +196,12 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
 
     if widened:
         _round(trainer.model)
-    # With parameters spread over the processes, these two need all of them.
+    peak = largest_of_all(max(peak_memory_bytes(), log.peak))
+    # Where the weights are spread over the processes, the next two need all of them.
+    if rank() != 0 and not spread(trainer):
+        return
     answers = probe(trainer.model, held_out(inputs["prepare"]))
     state = whole_state(trainer)
-    peak = largest_of_all(max(peak_memory_bytes(), log.peak))
     if rank() != 0:
         return
     with staged(out / "weights") as temporary:

@@ -373,6 +373,15 @@ def carve(
     return [(i, row) for i, row in enumerate(rows) if (i in carved) == (split == "validation")]
 
 
+def known_rows(total: int, data: Any, split: str) -> int:
+    """Return how many records a split has of `total` published ones, for estimates.
+
+    Train and validation together are `data.samples` of them, where the source has that option.
+    """
+    kept = min(getattr(data, "samples", None) or total, total)
+    return data.validation if split == "validation" else kept - data.validation
+
+
 def training_rows(
     rows: Sequence[dict[str, Any]],
     samples: int | None,
