@@ -6,15 +6,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from contract.grid import PRESET, Grid, make_grid
 
 from tlora.artefact import read_json
+from tlora.checkpoints import delete_torn, last_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -270,6 +274,90 @@ def test_gate_accepts_what_several_processes_trained(
 ) -> None:
     """Exported and reloaded, it is the model that was trained."""
     assert gate(grid, method, runs[f"{method} {how}"], "float32") == []
+
+
+# -- the command itself, with torchrun -------------------------------------------------------------
+
+
+class Command:
+    """`tlora train` as a process, and what it left."""
+
+    def __init__(self, grid: Grid, method: str, how: str) -> None:
+        self.job = job(grid, method, how, "command")
+        self.work, self.out = Path(self.job["place"]["work"]), Path(self.job["out"])
+        self.out.parent.mkdir(exist_ok=True)
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start it."""
+        words = [sys.executable, "-m", "tlora.cli", "train", "--spec", json.dumps(self.job["spec"])]
+        words += ["--input", *(f"{name}={path}" for name, path in self.job["inputs"].items())]
+        words += ["--out", str(self.out), "--place", json.dumps(self.job["place"])]
+        words += ["--log", str(self.out.with_suffix(".log"))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def rows(self) -> list[str]:
+        """Return the lines of the log of steps."""
+        path = self.work / "log.jsonl"
+        return path.read_text().splitlines() if path.is_file() else []
+
+    def stop(self, number: int) -> tuple[int, list[int]]:
+        """Start it, signal it after two steps; return its exit status and its processes' ids."""
+        process = self.start()
+        while len(self.rows()) < 2:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(number)
+        process.communicate(timeout=120)
+        return process.returncode, children
+
+    def finish(self) -> None:
+        """Run it to its end."""
+        process = self.start()
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("how", "number"), [("1 ddp", signal.SIGTERM), ("2 ddp", signal.SIGUSR1)], ids=str
+)
+def test_signal_makes_a_checkpoint_to_go_on_from(
+    runs: dict[str, Path], grid: Grid, how: str, number: int
+) -> None:
+    """It ends after the step it is in, with a status that says so; the next one is done next."""
+    command = Command(grid, "lora", how)
+    assert command.stop(number)[0] == 128 + number
+    rows = command.rows()
+    step = len(rows)
+    assert 2 <= step < STEPS
+    last = last_checkpoint(command.work)
+    assert last == command.work / f"checkpoint-{step}"
+    delete_torn(command.work)
+    assert last.is_dir()
+    command.finish()
+    after = (command.out / "log.jsonl").read_text().splitlines()
+    assert after[:step] == rows  # times and all: none of them was done again
+    assert losses(command.out) == losses(runs[f"lora {how}"])
+    assert largest(weights(command.out), weights(runs[f"lora {how}"])) == 0
+    assert read_json(command.out / "train.json")["attempts"] == 2
+
+
+@each([("lora", "2 zero2")])
+def test_no_process_outlives_the_one_that_started_it(
+    runs: dict[str, Path], grid: Grid, method: str, how: str
+) -> None:
+    """SIGKILL reaches no handler: two runs in one folder would be the end of both."""
+    command = Command(grid, method, how)
+    status, children = command.stop(signal.SIGKILL)
+    assert status == -signal.SIGKILL and len(children) == 3  # torchrun and two processes
+    _, alive = psutil.wait_procs(
+        [psutil.Process(child) for child in children if psutil.pid_exists(child)], timeout=10
+    )
+    assert not alive
+    command.finish()
+    assert losses(command.out) == losses(runs[f"{method} {how}"])
+    assert largest(weights(command.out), weights(runs[f"{method} {how}"])) == 0
 
 
 def gate(grid: Grid, method: str, folder: Path, dtype: str) -> list[str]:

@@ -61,10 +61,15 @@ OUTPUT_ROOM = 1 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """Limits of a program, in seconds of its own processor time: other load decides nothing.
+    """How programs are found, and their limits.
+
+    The limits are in seconds of a program's own processor time: other load decides nothing.
 
     Attributes
     ----------
+    sanitize
+        Whether EvalPlus' sanitizer looks for the program in a completion; if not, the completion
+        is one. The sanitizer leaves out functions without `return`, helpers too.
     test_seconds, set_seconds
         For one test, and for all of one set (base or plus). EvalPlus' are 1 and 60, of wall clock.
     reference_factor
@@ -73,12 +78,15 @@ class Options:
         Address space (EvalPlus': 4096).
     """
 
+    sanitize: bool = True
     test_seconds: float = 4.0
     set_seconds: float = 60.0
     reference_factor: float = 8.0
     memory_mib: int = 4096
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sanitize, bool):
+            raise ValueError("sanitize: expected true or false")
         for name in ("test_seconds", "set_seconds", "reference_factor"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
@@ -166,14 +174,15 @@ def score(
     return summarise(items, {"plus_accuracy": plus})
 
 
-def program(completion: str, problem: Problem) -> str | None:
+def program(completion: str, problem: Problem, sanitize: bool = True) -> str | None:
     """Return the program in a completion, None where there is none.
 
-    EvalPlus' sanitizer is asked twice: for a program in the completion, and, where that does not
-    define the function, for one in the prompt that the completion continues.
+    It is looked for in the completion, and, where that does not define the function, in the prompt
+    that the completion then continues.
     """
     for text in (completion, f"{problem.prompt}\n{completion}"):
-        if (found := _apart(_sanitized, text, problem.entry_point)) is not None:
+        found = _apart(_program, text, problem.entry_point, sanitize)
+        if found is not None:
             return found
     return None
 
@@ -191,7 +200,7 @@ def judge(
         When the sandbox did not work.
     """
     problem = _problem(record)
-    code = program(record["completion"], problem)
+    code = program(record["completion"], problem, options.sanitize)
     passed, notes = {"base": False, "plus": False}, []
     if code is not None:
         for tests in passed:
@@ -490,14 +499,15 @@ def _problem(record: Mapping[str, Any]) -> Problem:
     )
 
 
-def _sanitized(text: str, entry_point: str) -> str | None:
-    """Return what EvalPlus' sanitizer leaves of a text, None where it is no program."""
-    from evalplus import sanitize
+def _program(text: str, entry_point: str, sanitize: bool) -> str | None:
+    """Return a text, or what EvalPlus' sanitizer leaves of it, None where that is no program."""
+    if sanitize:
+        from evalplus import sanitize as sanitizer
 
-    # Only in this process, which ends with the answer.
-    sanitize.code_extract = longest_code
-    found = sanitize.sanitize(text, entry_point)
-    return found if _defines(found, entry_point) else None
+        # Only in this process, which ends with the answer.
+        sanitizer.code_extract = longest_code
+        text = sanitizer.sanitize(text, entry_point)
+    return text if _defines(text, entry_point) else None
 
 
 def longest_code(text: str) -> str:
