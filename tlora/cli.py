@@ -200,7 +200,7 @@ def _stage(options: argparse.Namespace) -> None:
         run()
         return
     with held(lease_folder(options.verb, options.out)) as claim:
-        if claim.finished_meanwhile(options.out, stamp):
+        if claim.finished_meanwhile(options.out, lambda: stamp):
             logging.getLogger("tlora").info("another job made it meanwhile: nothing to do")
             return
         run()

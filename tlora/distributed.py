@@ -84,7 +84,7 @@ def split(batch_size: int, micro_batch: int | None, devices: int) -> tuple[int, 
     micro = min(micro_batch or share, share)
     if share % micro:
         valid = [size for size in range(1, share + 1) if share % size == 0]
-        near = sorted(sorted(valid, key=lambda size: abs(size - micro))[:2])
+        near = [max(s for s in valid if s < micro), min(s for s in valid if s > micro)]
         raise UserError(
             f"micro_batch: {micro}: expected a divisor of {share}, the batch size {batch_size} "
             f"over {devices} processes; nearest: {', '.join(map(str, near))}"
@@ -252,7 +252,8 @@ def launch(
         # The step that this process is in holds the job's resources.
         srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
         command = [*srun, *command]
-    command += ["-m", "tlora.cli", stage, "--spec", json.dumps(spec)]
+    # Without the dashes torchrun would look for options of its own in what follows.
+    command += ["-m", "--", "tlora.cli", stage, "--spec", json.dumps(spec)]
     command += ["--input", *(f"{name}={path}" for name, path in inputs.items())]
     command += ["--out", str(out), "--place", json.dumps(place)]
     if place.get("log"):

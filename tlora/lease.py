@@ -22,7 +22,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Claim:
         }
         write_json(self.path.parent / "finished", record)
 
-    def finished_meanwhile(self, out: Path, stamp: str) -> bool:
+    def finished_meanwhile(self, out: Path, stamp: Callable[[], str]) -> bool:
         """Tell whether another job made this job's artefact after this one was asked for it.
 
         That is while this one waited, or since its snakemake began: what was made before then is
@@ -124,7 +124,7 @@ class Claim:
             later |= bool(began) and (record["controller"] or 0) >= int(Path(began).name)
             present = _sizes(out)
             whole = all(present.get(name) == size for name, size in record["files"].items())
-            return later and whole and record["stamp"] == stamp
+            return later and whole and record["stamp"] == stamp()
         return False
 
 

@@ -303,8 +303,9 @@ class Command:
 
     def stop(self, number: int) -> tuple[int, list[int]]:
         """Start it, signal it after two steps; return its exit status and its processes' ids."""
+        seen = self.rows()[-1:]
         process = self.start()
-        while len(self.rows()) < 2:
+        while self.rows()[-2:-1] in ([], seen):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
@@ -319,45 +320,48 @@ class Command:
         assert process.returncode == 0, errors
 
 
-@pytest.mark.parametrize(
-    ("how", "number"), [("1 ddp", signal.SIGTERM), ("2 ddp", signal.SIGUSR1)], ids=str
-)
-def test_signal_makes_a_checkpoint_to_go_on_from(
-    runs: dict[str, Path], grid: Grid, how: str, number: int
-) -> None:
-    """It ends after the step it is in, with a status that says so; the next one is done next."""
-    command = Command(grid, "lora", how)
-    assert command.stop(number)[0] == 128 + number
-    rows = command.rows()
-    step = len(rows)
-    assert 2 <= step < STEPS
-    last = last_checkpoint(command.work)
-    assert last == command.work / f"checkpoint-{step}"
-    delete_torn(command.work)
-    assert last.is_dir()
+def test_signal_makes_a_checkpoint_to_go_on_from(runs: dict[str, Path], grid: Grid) -> None:
+    """One process: it ends after the step it is in, with a status that says so."""
+    command = Command(grid, "lora", "1 ddp")
+    assert command.stop(signal.SIGTERM)[0] == 128 + signal.SIGTERM
+    rows = stopped(command)
     command.finish()
-    after = (command.out / "log.jsonl").read_text().splitlines()
-    assert after[:step] == rows  # times and all: none of them was done again
-    assert losses(command.out) == losses(runs[f"lora {how}"])
-    assert largest(weights(command.out), weights(runs[f"lora {how}"])) == 0
-    assert read_json(command.out / "train.json")["attempts"] == 2
+    finished(command, rows, runs["lora 1 ddp"], attempts=2)
 
 
-@each([("lora", "2 zero2")])
-def test_no_process_outlives_the_one_that_started_it(
-    runs: dict[str, Path], grid: Grid, method: str, how: str
-) -> None:
-    """SIGKILL reaches no handler: two runs in one folder would be the end of both."""
-    command = Command(grid, method, how)
+def test_several_processes_stop_together(runs: dict[str, Path], grid: Grid) -> None:
+    """After a signal with a checkpoint; after SIGKILL, which reaches no handler, at once: two runs
+    in one folder would be the end of both."""
+    how = "2 zero2" if "lora 2 zero2" in runs else "2 ddp"
+    command = Command(grid, "lora", how)
+    assert command.stop(signal.SIGUSR1)[0] == 128 + signal.SIGUSR1
+    rows = stopped(command)
     status, children = command.stop(signal.SIGKILL)
     assert status == -signal.SIGKILL and len(children) == 3  # torchrun and two processes
-    _, alive = psutil.wait_procs(
-        [psutil.Process(child) for child in children if psutil.pid_exists(child)], timeout=10
-    )
-    assert not alive
+    left = [psutil.Process(child) for child in children if psutil.pid_exists(child)]
+    assert not psutil.wait_procs(left, timeout=10)[1]
     command.finish()
-    assert losses(command.out) == losses(runs[f"{method} {how}"])
-    assert largest(weights(command.out), weights(runs[f"{method} {how}"])) == 0
+    finished(command, rows, runs[f"lora {how}"], attempts=3)
+
+
+def stopped(command: Command) -> list[str]:
+    """Return the log of a run that a signal stopped; its checkpoint is of the last step there."""
+    rows = command.rows()
+    assert 2 <= len(rows) < STEPS - 2
+    last = last_checkpoint(command.work)
+    assert last == command.work / f"checkpoint-{len(rows)}"
+    delete_torn(command.work)
+    assert last.is_dir()
+    return rows
+
+
+def finished(command: Command, rows: list[str], reference: Path, attempts: int) -> None:
+    """Compare a run with one that nothing stopped: no step of `rows` was done again."""
+    after = (command.out / "log.jsonl").read_text().splitlines()
+    assert after[: len(rows)] == rows  # the time of each as well
+    assert losses(command.out) == losses(reference)
+    assert largest(weights(command.out), weights(reference)) == 0
+    assert read_json(command.out / "train.json")["attempts"] == attempts
 
 
 def gate(grid: Grid, method: str, folder: Path, dtype: str) -> list[str]:

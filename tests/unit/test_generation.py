@@ -1,6 +1,7 @@
 """Generation: the tokens of a plain greedy loop whatever the batch, stops, adapters, resuming."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -586,6 +587,14 @@ def test_unknown_backends_and_idle_servers_are_refused(base: Path, tmp_path: Pat
     seq2seq = {**SPEC["model"], "architecture": "seq2seq"}
     with pytest.raises(UserError, match=r"architecture: 'seq2seq': expected 'causal'"):
         generate({**SPEC, "model": seq2seq, "backend": "vllm"}, {}, tmp_path, where)
+
+
+def test_vllm_that_is_not_there_is_one_line(base: Path, tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is not None and spec.origin is not None:
+        pytest.skip("vLLM is installed here")
+    with pytest.raises(UserError, match="backend: 'vllm': vLLM cannot be imported here: install"):
+        generate({**SPEC, "backend": "vllm"}, {}, tmp_path, place(base, tmp_path / "work"))
 
 
 # Dialogues

@@ -272,7 +272,7 @@ def again(out: Path, stamp: str = "stamp", waited: bool = True) -> bool:
     """Return what the next job says."""
     with lease.held(lease.lease_folder("train", out)) as claim:
         claim.waited = waited
-        return claim.finished_meanwhile(out, stamp)
+        return claim.finished_meanwhile(out, lambda: stamp)
 
 
 def test_what_was_made_while_waiting_is_not_made_again(made: Path) -> None:

@@ -99,13 +99,15 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == whole
     torn = [checkpoint(tmp_path, step) for step in (12, 100, 101, 102)]
     (torn[0] / "manifest.json").unlink()
-    (torn[1] / "weights").write_text("weights of 10?")
+    (torn[1] / "weights").write_text("weights of 1OO")  # of the same size
     (torn[2] / "manifest.json").write_text("{")
     (torn[3] / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path) == whole
     delete_torn(tmp_path)
     assert not any(path.exists() for path in torn)
+    assert last_checkpoint(tmp_path) == whole
     assert whole.is_dir() and (tmp_path / "checkpoint-8").is_dir()
+    (checkpoint(tmp_path, 12) / "manifest.json").unlink()
+    assert last_checkpoint(tmp_path) == whole, "not sealed yet"
 
 
 def row(loss: float = 1.0) -> dict[str, float]:

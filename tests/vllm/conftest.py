@@ -16,7 +16,7 @@ from contract.grid import PRESET, Grid, make_grid
 from tlora.plan import Plan
 
 DRIVER = Path(__file__).with_name("driver.py")
-FEW = "  - {{benchmarks: [arithmetic], set: {{limit: 32}}}}\n"
+FEW = "  - {{benchmarks: [arithmetic], set: {{limit: 16}}}}\n"
 SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "config" / "methods").glob("*.yaml"))
 STAGED = ("lora", "tlora", "dora")
 MODELS = ("dora", "full")
-NEW = 24
+NEW = 20
 STOP = ["never said", "answer is: 1"]
 
 

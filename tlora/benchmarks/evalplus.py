@@ -536,8 +536,8 @@ def _defines(code: str, name: str) -> bool:
     """Tell whether code gives a name a value other than a function with nothing in it."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            if node.name == name:
-                return not all(_says_nothing(part) for part in node.body)
+            if node.name == name and not all(map(_says_nothing, node.body)):
+                return True
         elif isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
             return True
     return False
@@ -571,4 +571,5 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
     except EOFError:
         return None
     finally:
+        receiver.close()
         process.join()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -47,16 +48,15 @@ class Opaque:
 
 
 class Large:
-    """Stands for a large value: equal to what stands for an equal one."""
+    """Stands for a large value, and is equal to what that is equal to."""
 
     def __init__(self, digest: str) -> None:
         self.digest = digest
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Large) and self.digest == other.digest
+        return self.digest == (other.digest if isinstance(other, Large) else digest(other))
 
-    def __hash__(self) -> int:
-        return hash(self.digest)
+    __hash__ = None
 
 
 class _Int(int):
@@ -127,8 +127,8 @@ def encode(value: Any) -> Any:
     for base in _BASES:
         if isinstance(value, base):
             return {"other": encode(base(value))}
-    if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return {"other": encode(value.item())}
+    if (scalar := _scalar(value)) is not value:
+        return {"other": encode(scalar)}
     return {"opaque": kind.__name__}
 
 
@@ -136,9 +136,14 @@ def brief(value: Any) -> Any:
     """Return what `encode` does, of a large value that no tolerance applies to its digest."""
     if _room(value, LARGE) >= 0 or _is_floats(value):
         return encode(value)
-    digest = hashlib.sha256()
-    _digest(value, digest.update)
-    return {"large": digest.hexdigest()}
+    return {"large": digest(value)}
+
+
+def digest(value: Any) -> str:
+    """Return a checksum that equal values share, whatever their types; not a secret."""
+    total = hashlib.sha256()
+    _feed(value, total.update)
+    return total.hexdigest()
 
 
 def _is_floats(value: Any) -> bool:
@@ -163,49 +168,69 @@ def _room(value: Any, room: int) -> int:
     return room - 8
 
 
-def _digest(value: Any, feed: Callable[[bytes], Any]) -> None:
+def _feed(value: Any, feed: Callable[[bytes], Any]) -> None:
     """Feed a hash with the same bytes for equal values."""
+    value = _scalar(value)
     if isinstance(value, list | tuple):
         feed(b"[" if isinstance(value, list) else b"(")
-        kinds = set(map(type, value))
-        if kinds == {str}:
-            feed(json.dumps(value).encode())
-        elif kinds <= {int, float, bool}:
-            feed(",".join(map(_number, value)).encode())
-        else:
-            for item in value:
-                _digest(item, feed)
-                feed(b",")
+        for kind, run in _runs(value):
+            if kind is str:
+                feed(json.dumps(run).encode())
+            elif kind is int:
+                feed(",".join(map(_number, run)).encode())
+            else:
+                for item in run:
+                    _feed(item, feed)
+            feed(b";")
         feed(b"]")
-    elif isinstance(value, dict | set | frozenset):
-        feed(b"d" if isinstance(value, dict) else b"s")
-        for part in sorted(map(_own_digest, value.items() if isinstance(value, dict) else value)):
-            feed(part)
+    elif isinstance(value, dict):
+        feed(b"d")
+        for part in sorted(map(digest, value.items())):
+            feed(part.encode())
+    elif isinstance(value, set | frozenset):
+        feed(b"s")
+        for part in sorted(map(digest, value)):
+            feed(part.encode())
     elif isinstance(value, str):
         feed(json.dumps(value).encode())
     elif isinstance(value, bytes):
         feed(b"b" + value.hex().encode())
-    elif isinstance(value, complex) and value.imag:
-        feed(f"{_number(value.real)}j{_number(value.imag)}".encode())
     elif isinstance(value, int | float | complex):
-        feed(_number(value.real).encode())
-    elif value is None:
-        feed(b"null")
+        feed(_number(value).encode())
     else:
-        plain = encode(value)
         # What is no plain data equals nothing.
-        opaque = isinstance(plain, dict) and "opaque" in plain
-        feed(os.urandom(16)) if opaque else _digest(plain["other"], feed)
+        feed(b"null" if value is None else os.urandom(16))
 
 
-def _own_digest(value: Any) -> bytes:
-    digest = hashlib.sha256()
-    _digest(value, digest.update)
-    return digest.digest()
+def _runs(values: list[Any] | tuple[Any, ...]) -> list[tuple[type | None, list[Any]]]:
+    """Split values into runs of texts, of numbers and of others; alike for equal values."""
+    kinds = set(map(type, values))
+    if kinds <= {str}:
+        return [(str, list(values))]
+    if kinds <= {int, float, bool}:
+        return [(int, list(values))]
+    grouped = itertools.groupby(map(_scalar, values), _kind)
+    return [(kind, list(run)) for kind, run in grouped]
 
 
-def _number(value: int | float) -> str:
+def _kind(value: Any) -> type | None:
+    if isinstance(value, str):
+        return str
+    return int if isinstance(value, int | float | complex) else None
+
+
+def _scalar(value: Any) -> Any:
+    """Return numpy's scalars as Python's, and anything else as it is."""
+    numpys = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if numpys else value
+
+
+def _number(value: complex) -> str:
     """Return the same text for equal numbers."""
+    if isinstance(value, complex):
+        if value.imag:
+            return f"{_number(value.real)}j{_number(value.imag)}"
+        value = value.real
     whole = isinstance(value, int) or (math.isfinite(value) and value.is_integer())
     return hex(int(value)) if whole else repr(float(value))
 

@@ -199,7 +199,7 @@ def _import() -> None:
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
-        import vllm  # noqa: F401
+        from vllm import LLM  # noqa: F401
     except ImportError as error:
         raise UserError(
             "backend: 'vllm': vLLM cannot be imported here: install the project's extra `vllm`, or "

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import random
 import sys
 import time
@@ -110,6 +111,8 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     steps = len(order) // spec["batch_size"]
     micro, passes = split(spec["batch_size"], place.get("micro_batch"), processes(place))
     alone, on_cpu = world_size() == 1, not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed it says so otherwise
     deepspeed, halved = place.get("deepspeed"), spec["model"]["dtype"] == "bfloat16"
     set_seed(spec["seed"])
     method = methods.load(spec["implementation"])

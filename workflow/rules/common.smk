@@ -7,6 +7,7 @@ from pathlib import Path
 from tlora.artefact import write_json
 from tlora.code import stage_files
 from tlora.errors import UserError
+from tlora.lease import lease_folder, new_controller, stamp_of, take
 from tlora.plan import MAIN, RESULTS, Plan
 from tlora.spec import canonical, spec_id
 from tlora.tracking import outdated, tracking_uri
