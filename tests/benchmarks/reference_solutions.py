@@ -37,7 +37,10 @@ def main() -> None:
         for name, texts in programs.items():
             start = time.monotonic()
             result = evalplus.score(
-                [{**record, "completion": text} for record, text in zip(records, texts)],
+                [
+                    {**record, "completion": text}
+                    for record, text in zip(records, texts, strict=True)
+                ],
                 evalplus.Options(sanitize=options.sanitize),
                 Context(place={"workers": options.workers}),
             )

@@ -177,7 +177,7 @@ def test_what_is_wrong_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture
     work.mkdir()
     (work / "stop").write_text("15")  # an earlier attempt's
     spec = {"batch_size": 8, "epochs": 1.0, "seed": 1}
-    place = {"processes": 2, "work": str(work)}
+    place = {"processes": 1, "work": str(work)}
     with pytest.raises(UserError, match=r"^batch_size: 8: expected at most 1"):
         launch("train", spec, {"prepare": tmp_path / "card.json"}, tmp_path / "out", place)
     assert told_to_stop(work) == 0
