@@ -109,6 +109,9 @@ _BUILD = f"""
 set -e
 root=$1; shift
 mount -t tmpfs -o mode=755,size=1m sandbox "$root"
+mkdir "$root/dev" "$root/tmp"
+# Before the folders: some of them may lie below it.
+mount -t tmpfs -o mode=1777,nosuid,nodev,size={SCRATCH} sandbox "$root/tmp"
 while [ "$1" != -- ]; do
     mkdir -p "$root$1"
     mount --bind "$1" "$root$1"
@@ -118,12 +121,10 @@ done
 shift
 while [ "$1" != -- ]; do ln -s "$1" "$root$2"; shift 2; done
 shift
-mkdir "$root/dev" "$root/tmp"
 for device in {" ".join(_DEVICES)}; do
     : > "$root$device"
     mount --bind "$device" "$root$device"
 done
-mount -t tmpfs -o mode=1777,nosuid,nodev,size={SCRATCH} sandbox "$root/tmp"
 mount -o remount,bind,ro "$root"
 chroot "$root" "$@"
 exit $?
@@ -225,6 +226,8 @@ def bubblewrap() -> Sandbox:
     root = os.geteuid() == 0
     command = [_tool("bwrap"), "--die-with-parent", "--new-session"]
     command += [f"--unshare-{name}" for name in (*_NAMESPACES, *(() if root else ("user",)))]
+    # Before the folders: some of them may lie below it.
+    command += ["--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
     for folder in _shown():
         for above in reversed(Path(folder).parents[:-1]):
             command += [*_OPEN, str(above)]
@@ -234,7 +237,7 @@ def bubblewrap() -> Sandbox:
         command += ["--symlink", target, name]
     for device in _DEVICES:
         command += ["--dev-bind", device, device]
-    command += ["--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp", "--remount-ro", "/"]
+    command += ["--remount-ro", "/"]
     return Sandbox("bubblewrap", (*command, "--", *_drop(root)))
 
 

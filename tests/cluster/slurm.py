@@ -58,11 +58,10 @@ PreemptMode=REQUEUE
 GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
-NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=16 Sockets=1 CoresPerSocket=16
-NodeName=DEFAULT ThreadsPerCore=1 RealMemory=512000
-NodeName=cn1 Port={ports[cn1]}
-NodeName=gpu1 Port={ports[gpu1]} Gres=gpu:fake:1
-NodeName=gpu2 Port={ports[gpu2]} Gres=gpu:fake:1
+NodeName=DEFAULT CPUs=16 Sockets=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=512000
+NodeName=cn1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[cn1]}
+NodeName=gpu1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[gpu1]} Gres=gpu:fake:1
+NodeName=gpu2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[gpu2]} Gres=gpu:fake:1
 PartitionName=DEFAULT DefaultTime=10 DefMemPerCPU=200 State=UP
 PartitionName=cpu Nodes=cn1 Default=YES PriorityTier=10
 PartitionName=gpu Nodes=gpu[1-2] PriorityTier=10

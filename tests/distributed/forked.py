@@ -8,7 +8,7 @@ JOBS.json: a list of {"spec", "inputs", "out", "place"} of the stage `train`, an
 happens to the attempts before the last one, each [what, step]:
 
 kill    all processes are killed when they log the step
-torn    all processes are killed when they have saved the step's checkpoint, before it is sealed
+torn    all processes are killed half-way through saving the step's checkpoint
 full    the disk is full for the optimizer's state of the step's checkpoint
 
 Of a job that fails otherwise, the output has its processes' tracebacks; the others go on.
@@ -79,7 +79,9 @@ def plant(stage: Any, what: str, step: int, work: Path) -> None:
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    row, seal = stage.Log.row, stage.seal
+    from transformers import Trainer
+
+    row, save = stage.Log.row, Trainer._save_rng_state
 
     def logging(log: Any, at: int, values: dict[str, float]) -> Any:
         if at == step and what == "kill":
@@ -90,12 +92,12 @@ def plant(stage: Any, what: str, step: int, work: Path) -> None:
             (folder / "optimizer.pt").symlink_to("/dev/full")
         return row(log, at, values)
 
-    def sealing(checkpoint: Path) -> None:
-        if what == "torn" and checkpoint.name == f"checkpoint-{step}":
+    def saving(trainer: Any, folder: str) -> None:
+        if what == "torn" and trainer.state.global_step == step:
             kill()
-        seal(checkpoint)
+        save(trainer, folder)
 
-    stage.Log.row, stage.seal = logging, sealing
+    stage.Log.row, Trainer._save_rng_state = logging, saving
 
 
 def attempt(job: dict[str, Any], what: str | None, step: int) -> None:

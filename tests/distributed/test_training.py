@@ -55,7 +55,7 @@ FAULTS = {
     ("adalora", "2 zero2"): [["kill", 10]],
     ("lora_fa", "2 zero2"): [["kill", 7]],
 }
-HALVED = [("tlora", "2 zero2"), ("full", "2 zero2"), ("full", "1 ddp")]
+HALVED = [("tlora", "2 zero2"), ("full", "2 zero2")]
 GATED = [("tlora", "2 zero3"), ("adalora", "2 zero2"), ("full", "2 zero2")]
 
 
@@ -241,7 +241,7 @@ def test_encoder_decoder_weighs_every_target_alike(
 
 @each(FAULTS)
 def test_resumed_is_the_same_as_uninterrupted(runs: dict[str, Path], method: str, how: str) -> None:
-    """Killed, killed before a checkpoint was sealed, or out of disk: the same weights."""
+    """Killed, killed while a checkpoint was saved, or out of disk: the same weights."""
     folder, reference = runs[f"disturbed {method} {how}"], runs[f"{method} {how}"]
     assert losses(folder) == losses(reference)
     found, expected = weights(folder), weights(reference)
@@ -255,10 +255,8 @@ def test_resumed_is_the_same_as_uninterrupted(runs: dict[str, Path], method: str
 
 
 @each(HALVED)
-def test_bfloat16_rounds_no_change_away(
-    runs: dict[str, Path], grid: Grid, method: str, how: str
-) -> None:
-    """What is trained is held in float32: losses follow those in float32."""
+def test_bfloat16_follows_float32(runs: dict[str, Path], grid: Grid, method: str, how: str) -> None:
+    """What is saved is bfloat16, frozen weights as they were frozen, and passes the gate."""
     folder = runs[f"halved {method} {how}"]
     assert losses(folder) == pytest.approx(losses(runs[f"{method} 1 ddp"]), rel=0.02)
     import torch
@@ -303,20 +301,20 @@ class Command:
 
     def stop(self, number: int) -> tuple[int, list[int]]:
         """Start it, signal it after two steps; return its exit status and its processes' ids."""
-        seen = self.rows()[-1:]
+        done = len(self.rows())
         process = self.start()
-        while self.rows()[-2:-1] in ([], seen):
+        while len(self.rows()) < done + 2:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         process.send_signal(number)
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
         return process.returncode, children
 
     def finish(self) -> None:
         """Run it to its end."""
         process = self.start()
-        errors = process.communicate(timeout=300)[1]
+        errors = process.communicate(timeout=600)[1]
         assert process.returncode == 0, errors
 
 

@@ -278,3 +278,25 @@ def test_full_training_changes_every_weight(base: Path, tmp_path: Path) -> None:
     before = load_file(base / "model/model.safetensors")
     after = load_file(tmp_path / "run/weights/model.safetensors")
     assert {name for name in before if (before[name] == after[name]).all()} == set()
+
+
+@pytest.mark.slow
+def test_small_changes_of_bfloat16_weights_add_up(base: Path, tmp_path: Path) -> None:
+    """A step changes a weight by less than bfloat16 can tell; all together are as in float32."""
+    import torch
+    from safetensors.torch import load_file
+
+    values = {"rank": None, "lora_alpha": None, "target_modules": None, "options": {}}
+    values |= {"implementation": "full", "learning_rate": 1e-5, "epochs": 10.0, "weight_decay": 0.0}
+    before = load_file(base / "model/model.safetensors")
+    changes = {}
+    for dtype in ("float32", "bfloat16"):
+        model = {"architecture": "causal", "dtype": dtype}
+        train(base, tmp_path / dtype, micro=8, model=model, **values)
+        after = load_file(tmp_path / dtype / "run/weights/model.safetensors")
+        assert {str(tensor.dtype) for tensor in after.values()} == {f"torch.{dtype}"}
+        found = [(after[name].float() - before[name]).flatten() for name in sorted(before)]
+        changes[dtype] = torch.cat(found)
+    wanted = changes["float32"]
+    share = float(changes["bfloat16"] @ wanted / wanted.square().sum())
+    assert share == pytest.approx(1, abs=0.05)

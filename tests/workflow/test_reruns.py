@@ -234,10 +234,9 @@ def test_i_back_after_a_run_of_another_setting(checkout: Project, jobs: dict[str
     assert {name: after.get(name) for name in work} == work
 
 
-STAGES = ("prepare", "calibrate", "allocate", "initialize", "train", "export") + (
-    "check",
-    "generate",
-    "score",
+STAGES = (
+    *("prepare", "overlap", "calibrate", "allocate", "initialize", "train", "export"),
+    *("check", "generate", "score"),
 )
 
 
