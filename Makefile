@@ -43,7 +43,7 @@ demo: .venv/.core-stamp ## install, run the default comparison, write its report
 	@.venv/bin/tlora table config/config.yaml
 
 test: .venv/.dev-stamp .venv-vllm/.stamp ## install and run all tests
-	@$(WITH_VENV) python -m pytest $(PYTEST_ARGS)
+	@$(WITH_VENV) python -m pytest --ignore=tests/cluster $(PYTEST_ARGS)
 
 test-fast: .venv/.dev-stamp ## the tests that are not marked slow (under three minutes)
 	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses 2 $(PYTEST_ARGS)
@@ -97,10 +97,10 @@ clean-results: ## remove results, logs and Snakemake's records (asks; YES=1 does
 	@.venv/bin/python -c 'import torch'
 	@printf '%s\n' "$(CURDIR)" > $@
 
-# Tests score generated programs and run lm_eval: the extras `code` and `lm_eval`.
-.venv/.dev-stamp: .venv/.core-stamp envs/dev.lock envs/code.lock envs/lm_eval.lock
+# Tests train with DeepSpeed, score generated programs and run lm_eval: the extras of these names.
+.venv/.dev-stamp: .venv/.core-stamp envs/dev.lock envs/train.lock envs/code.lock envs/lm_eval.lock
 	@rm -f $@
-	@echo "installing envs/dev.lock, envs/code.lock and envs/lm_eval.lock"
+	@echo "installing $(filter %.lock,$^)"
 	@$(PIP) install --no-deps $(addprefix --requirement ,$(filter %.lock,$^))
 	@.venv/bin/python -m pip check
 	@touch $@

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tlora.devices import claim as claim_gpus
 from tlora.distributed import launched, rank
 from tlora.errors import UserError
 from tlora.estimate import Assumptions
@@ -203,6 +204,7 @@ def _stage(options: argparse.Namespace) -> None:
         if claim.finished_meanwhile(options.out, lambda: stamp):
             logging.getLogger("tlora").info("another job made it meanwhile: nothing to do")
             return
+        claim_gpus(options.verb, place)
         run()
         claim.finish(options.out, stamp)
 

@@ -171,8 +171,8 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "deepspeed: not installed here: expected envs/train.lock (pip install "
-            "--no-build-isolation 'tlora[deepspeed]'), or a model without `deepspeed:`"
+            "deepspeed: not installed here: expected what envs/train.lock lists (pip install "
+            "'tlora[deepspeed]'), or a model without `deepspeed:`"
         )
 
 

@@ -72,4 +72,4 @@ def around(
         parameter.grad = None
     for parameter in changed:
         master = safe_get_full_fp32_param(parameter)
-        pass
+        safe_set_full_fp32_param(parameter, master.masked_fill(parameter == 0, 0))

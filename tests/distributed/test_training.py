@@ -73,9 +73,9 @@ def each(cases: Any) -> Any:
 
 
 def preset(methods: str) -> str:
-    """Return a preset with as many samples as these tests want."""
+    """Return a preset with as many samples as these tests want, and gradients that are clipped."""
     text = PRESET.replace("{methods}", methods)
-    return text.replace("data.train: 40", f"data.train: {SAMPLES}")
+    return text.replace("data.train: 40", f"data.train: {SAMPLES}, max_grad_norm: 2.0e-2")
 
 
 @pytest.fixture(scope="module")
@@ -285,14 +285,14 @@ class Command:
         self.work, self.out = Path(self.job["place"]["work"]), Path(self.job["out"])
         self.out.parent.mkdir(exist_ok=True)
 
-    def start(self) -> subprocess.Popen[str]:
-        """Start it."""
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        """Start it, with more in its environment."""
         words = [sys.executable, "-m", "tlora.cli", "train", "--spec", json.dumps(self.job["spec"])]
         words += ["--input", *(f"{name}={path}" for name, path in self.job["inputs"].items())]
         words += ["--out", str(self.out), "--place", json.dumps(self.job["place"])]
         words += ["--log", str(self.out.with_suffix(".log"))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+        told = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
+        return subprocess.Popen(words, env=os.environ | told, stderr=subprocess.PIPE, text=True)
 
     def rows(self) -> list[str]:
         """Return the lines of the log of steps."""
@@ -311,9 +311,9 @@ class Command:
         process.communicate(timeout=300)
         return process.returncode, children
 
-    def finish(self) -> None:
+    def finish(self, **environment: str) -> None:
         """Run it to its end."""
-        process = self.start()
+        process = self.start(**environment)
         errors = process.communicate(timeout=600)[1]
         assert process.returncode == 0, errors
 
@@ -327,9 +327,17 @@ def test_signal_makes_a_checkpoint_to_go_on_from(runs: dict[str, Path], grid: Gr
     finished(command, rows, runs["lora 1 ddp"], attempts=2)
 
 
-def test_several_processes_stop_together(runs: dict[str, Path], grid: Grid) -> None:
+SCRIPTS = {
+    # Two hosts that are one, and a step of a job on both.
+    "scontrol": "hostname; echo another",
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; "$@" & one=$!; "$@" && wait $one',
+}
+
+
+def test_several_processes_stop_together(runs: dict[str, Path], grid: Grid, tmp_path: Path) -> None:
     """After a signal with a checkpoint; after SIGKILL, which reaches no handler, at once: two runs
-    in one folder would be the end of both."""
+    in one folder would be the end of both. In the end they are two nodes' with one torchrun each.
+    """
     how = "2 zero2" if "lora 2 zero2" in runs else "2 ddp"
     command = Command(grid, "lora", how)
     assert command.stop(signal.SIGUSR1)[0] == 128 + signal.SIGUSR1
@@ -337,8 +345,13 @@ def test_several_processes_stop_together(runs: dict[str, Path], grid: Grid) -> N
     status, children = command.stop(signal.SIGKILL)
     assert status == -signal.SIGKILL and len(children) == 3  # torchrun and two processes
     left = [psutil.Process(child) for child in children if psutil.pid_exists(child)]
-    assert not psutil.wait_procs(left, timeout=10)[1]
-    command.finish()
+    assert not psutil.wait_procs(left, timeout=60)[1]
+    assert len(command.rows()) < STEPS and not (command.out / "train.json").exists()
+    for name, text in SCRIPTS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "x"}
+    command.finish(PATH=f"{tmp_path}:{os.environ['PATH']}", **job)
     finished(command, rows, runs[f"lora {how}"], attempts=3)
 
 

@@ -138,6 +138,7 @@ def _box() -> None:
     try:
         sandbox.find()
     except UserError as error:
+        assert "does not hold" not in str(error)
         pytest.skip(str(error))
 
 
@@ -619,6 +620,18 @@ def attempt(folder: Path, work: Path, out: Path, root: Path) -> subprocess.Popen
     return subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=root)
 
 
+def left_over(argument: str) -> list[str]:
+    """Return the processes, workers among them, that were started with an argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if argument in path.read_text(errors="replace").split("\0"):
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
 @pytest.mark.slow
 def test_killed_scoring_goes_on_where_it_was(tmp_path: Path, root: Path) -> None:
     programs = [LASTING, "def add_all(numbers):\n    return 6", "", FUNCTION]
@@ -637,6 +650,9 @@ def test_killed_scoring_goes_on_where_it_was(tmp_path: Path, root: Path) -> None
         time.sleep(0.01)
     first.kill()
     first.wait()
+    while left_over(str(work)):
+        assert time.monotonic() < deadline, "workers outlive a killed job"
+        time.sleep(0.05)
     assert not (tmp_path / "killed.json").exists()
     done = [json.loads(line)["id"] for line in kept.read_text().splitlines() if line[-1:] == "}"]
     assert 4 <= len(done) < len(rows)
@@ -684,6 +700,13 @@ def test_bad_reference_is_one_line(one: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         evalplus.score([one], QUICK)
     assert "\n" not in str(caught.value)
+
+
+def test_verdicts_depend_on_the_sandbox_and_what_runs_in_it() -> None:
+    from tlora.code import stage_files
+
+    files = {path.name for path in stage_files("score", {"implementation": "evalplus"})}
+    assert {"evalplus.py", "recorder.py", "sandbox.py"} <= files
 
 
 def test_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

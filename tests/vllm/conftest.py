@@ -90,3 +90,37 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def export(grid: Grid) -> Callable[[str], Path]:
+    """The function that returns a method's export, and leaves the trained model in the grid."""
+
+    def make(name: str) -> Path:
+        grid.train(name)
+        return grid.make(grid.cell(name).units["export"])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def repeat() -> Callable[[Path, Path, int], Path]:
+    """The function that writes an adapter with more ranks, each several times: it says the same."""
+    import numpy as np
+
+    from tlora import peft_folder as peft
+
+    def write(weights: Path, out: Path, times: int) -> Path:
+        out.mkdir(parents=True)
+        config = peft.read_config(weights)
+        assert not config["rank_pattern"] and not config["use_rslora"]
+        tensors = {}
+        for name, tensor in peft.read_tensors(weights / peft.WEIGHTS).items():
+            values = [tensor.numbers()] * times
+            joined = np.concatenate(values, axis=0 if "lora_A" in name else 1)
+            tensors[name] = peft.Stored.of(joined, tensor.dtype)
+        peft.write_tensors(out / peft.WEIGHTS, tensors)
+        peft.write_config(out, {**config, "r": config["r"] * times})
+        return out
+
+    return write

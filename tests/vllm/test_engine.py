@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from contract.grid import Grid
 
-from tlora.artefact import read_json
+from tlora.artefact import read_json, sha256_tree, write_json
 from tlora.generation import Completion, Prompt
 from tlora.generation.transformers import TransformersBackend
 from tlora.peft_folder import read_config, scaling
+from tlora.stages.generate import benchmark_records, generate
 from tlora.tasks.prompts import encode_prompt, render
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,6 @@ class Answers:
 def prompts(grid: Grid) -> list[Prompt]:
     """Return the prompts of the benchmark that no method was trained on."""
     from tlora.base_model import load_tokenizer
-    from tlora.stages.generate import benchmark_records
 
     unit = grid.cell("lora").generates["arithmetic"]
     records = benchmark_records(unit.spec["benchmark"], None)
@@ -48,31 +48,86 @@ def prompts(grid: Grid) -> list[Prompt]:
     return [Prompt(str(at), tuple(encode_prompt(tokenizer, text))) for at, text in enumerate(texts)]
 
 
-def staged_job(grid: Grid, name: str, out: Path) -> dict[str, Any]:
+def staged_job(grid: Grid, name: str, export: Path, out: Path) -> dict[str, Any]:
     """Return the job of the stage `generate` for a method, with vLLM."""
-    cell = grid.cell(name)
-    unit = cell.generates["arithmetic"]
+    unit = grid.cell(name).generates["arithmetic"]
     place = unit.placement | {"stamp": unit.id, "work": str(out) + ".work"}
     return {
         "kind": "stage",
         "name": name,
         "spec": unit.spec | {"backend": "vllm"},
-        "inputs": {"export": str(grid.make(cell.units["export"]))},
+        "inputs": {"export": str(export)},
         "out": str(out),
         "place": place,
     }
 
 
+def exported(folder: Path) -> Path:
+    """Write the card of an adapter in weights/."""
+    files = sha256_tree(folder / "weights")
+    write_json(folder / "export.json", {"form": "adapter", "files": files})
+    return folder / "export.json"
+
+
+@pytest.fixture(scope="module")
+def odd(
+    grid: Grid,
+    export: Callable[[str], Path],
+    repeat: Callable[[Path, Path, int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, Any]]:
+    """Jobs with adapters that vLLM cannot serve: they are merged on the way.
+
+    One has a rank above what it takes, the other is for an architecture without LoRA layers there.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("odd")
+    lora = staged_job(grid, "lora", export("lora"), folder / "out")
+    repeat(export("lora").parent / "weights", folder / "rank/weights", 130)
+    rank = {**lora, "name": "rank", "inputs": {"export": str(exported(folder / "rank"))}}
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=1024,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = GPT2LMHeadModel(config)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data.mul_(5)
+    model.save_pretrained(folder / "gpt2")
+    AutoTokenizer.from_pretrained(lora["place"]["model"]).save_pretrained(folder / "gpt2")
+    adapter = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, adapter)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.3)
+    adapted.save_pretrained(folder / "adapter/weights")
+    gpt2 = {**lora, "name": "gpt2", "inputs": {"export": str(exported(folder / "adapter"))}}
+    gpt2["place"] = lora["place"] | {"model": str(folder / "gpt2")}
+    return {"rank": rank, "gpt2": gpt2}
+
+
 @pytest.fixture(scope="module")
 def answers(
-    grid: Grid, drive: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+    grid: Grid,
+    odd: dict[str, dict[str, Any]],
+    export: Callable[[str], Path],
+    drive: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Answers:
     """Everything that vLLM is asked, in one process; one engine for all adapters."""
     folder = tmp_path_factory.mktemp("answers")
-    for name in NAMES:
-        grid.train(name)  # the model in memory is what the exports are held against
-    exports = {name: grid.make(grid.cell(name).units["export"]) for name in NAMES}
-    forms = {name: read_json(export)["form"] for name, export in exports.items()}
+    exports = {name: export(name) for name in NAMES}
+    forms = {name: read_json(card)["form"] for name, card in exports.items()}
     assert sorted(name for name, form in forms.items() if form == "model") == sorted(MODELS)
     unit = grid.cell("lora").generates["arithmetic"]
     asked = prompts(grid)
@@ -90,7 +145,11 @@ def answers(
             "out": str(folder / "adapters.json"),
         }
     ]
-    jobs += [staged_job(grid, name, folder / name) for name in (*STAGED, "full")]
+    jobs += [staged_job(grid, name, exports[name], folder / name) for name in (*STAGED, "full")]
+    for name, job in odd.items():
+        out = str(folder / name)
+        place = job["place"] | {"work": f"{out}.work"}
+        jobs.append({**job, "out": out, "place": place})
     made = Answers(folder, drive(jobs))
     for name, said in json.loads((folder / "adapters.json").read_text()).items():
         made.methods[name] = {at: Completion(**item) for at, item in said.items()}
@@ -128,9 +187,8 @@ def test_exported_adapter_speaks_as_the_trained_model(
     assert expected != base
 
 
-def test_tlora_has_mixed_ranks_and_scalings(grid: Grid) -> None:
-    export = grid.make(grid.cell("tlora").units["export"])
-    config = read_config(export.parent / "weights")
+def test_tlora_has_mixed_ranks_and_scalings(export: Callable[[str], Path]) -> None:
+    config = read_config(export("tlora").parent / "weights")
     ranks = {config["r"], *config["rank_pattern"].values()}
     assert len(ranks) > 1
     names = [name.removeprefix("^").replace("\\", "") for name in config["rank_pattern"]]
@@ -149,3 +207,19 @@ def test_stage_writes_the_same_file_with_both_backends(
     untrained = [cell for cell in grid.plan.cells if cell.base]
     of_base = grid.make(untrained[0].generates["arithmetic"]).read_bytes()
     assert with_transformers != of_base
+
+
+@pytest.mark.parametrize("name", ["rank", "gpt2"])
+def test_adapters_that_vllm_cannot_serve_are_merged(
+    answers: Answers, odd: dict[str, dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    job = odd[name]
+    place = job["place"] | {"work": str(tmp_path / "work")}
+    said = {}
+    for given in (job["inputs"], {}):
+        spec = job["spec"] | {"backend": "transformers", "export": "0123" if given else None}
+        inputs = {key: Path(path) for key, path in given.items()}
+        generate(spec, inputs, tmp_path / "out", place)
+        said[bool(given)] = (tmp_path / "out/generations.jsonl").read_bytes()
+    assert (answers.folder / name / "generations.jsonl").read_bytes() == said[True] != said[False]
+    assert not Path(f"{answers.folder / name}.work").exists()

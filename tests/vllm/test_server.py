@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from typing import Any
 import pytest
 from contract.grid import Grid
 
+from tlora.base_model import load_tokenizer
 from tlora.errors import UserError
 from tlora.generation import server as served
+from tlora.plan import Cell
 from tlora.stages.generate import generate
 from tlora.tasks import arithmetic
 
@@ -88,29 +89,41 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def job(grid: Grid, name: str | None, server: Server, work: Path) -> tuple[dict, dict, dict]:
-    """Return spec, inputs and place of a method's generation (None: of the base model)."""
-    (cell,) = [
-        cell
-        for cell in grid.plan.cells
-        if (cell.base if name is None else not cell.base and cell.row.method == name)
-    ]
-    unit = cell.generates["arithmetic"]
-    place = unit.placement | {"server": server.url, "work": str(work), "stamp": unit.id}
-    inputs = {} if name is None else {"export": grid.make(cell.units["export"])}
-    return unit.spec | {"backend": "vllm"}, inputs, place
+Job = Callable[[str | None, Path], tuple[dict, dict, dict]]
+
+
+@pytest.fixture
+def job(grid: Grid, export: Callable[[str], Path], server: Server) -> Job:
+    """The function that returns spec, inputs and place of a method's generation.
+
+    None asks for the base model.
+    """
+
+    def make(name: str | None, work: Path) -> tuple[dict, dict, dict]:
+        inputs = {} if name is None else {"export": export(name)}
+        unit = cell_of(grid, name).generates["arithmetic"]
+        place = unit.placement | {"server": server.url, "work": str(work), "stamp": unit.id}
+        return unit.spec | {"backend": "vllm"}, inputs, place
+
+    return make
+
+
+def cell_of(grid: Grid, name: str | None) -> Cell:
+    """Return a method's cell, or the base model's."""
+    return next(c for c in grid.plan.cells if (c.base if name is None else c.row.method == name))
 
 
 def of_transformers(grid: Grid, name: str | None) -> bytes:
     """Return generations.jsonl of the other backend."""
-    cells = [c for c in grid.plan.cells if (c.base if name is None else c.row.method == name)]
-    return grid.make(cells[0].generates["arithmetic"]).read_bytes()
+    return grid.make(cell_of(grid, name).generates["arithmetic"]).read_bytes()
 
 
-def test_jobs_share_one_engine(grid: Grid, server: Server, root: Path, tmp_path: Path) -> None:
+def test_jobs_share_one_engine(
+    grid: Grid, server: Server, job: Job, root: Path, tmp_path: Path
+) -> None:
     running = {}
     for name in ("lora", "tlora"):
-        spec, inputs, place = job(grid, name, server, tmp_path / f"{name}.work")
+        spec, inputs, place = job(name, tmp_path / f"{name}.work")
         command = [sys.executable, "-m", "tlora.cli", "generate", "--spec", json.dumps(spec)]
         command += ["--place", json.dumps(place), "--out", str(tmp_path / name)]
         command += ["--log", str(tmp_path / f"{name}.log"), "--input"]
@@ -130,18 +143,16 @@ def test_jobs_share_one_engine(grid: Grid, server: Server, root: Path, tmp_path:
     assert KEY not in server.log.read_text()
 
 
-def test_base_model_needs_no_adapter(grid: Grid, server: Server, tmp_path: Path) -> None:
-    spec, inputs, place = job(grid, None, server, tmp_path / "work")
+def test_base_model_needs_no_adapter(grid: Grid, job: Job, tmp_path: Path) -> None:
+    spec, inputs, place = job(None, tmp_path / "work")
     generate(spec, inputs, tmp_path / "out", place)
     assert (tmp_path / "out/generations.jsonl").read_bytes() == of_transformers(grid, None)
     card = json.loads((tmp_path / "out/generate.json").read_text())
     assert card["seconds"] > 0 and card["peak_memory_bytes"] is None
 
 
-def test_dialogues_and_draws(
-    grid: Grid, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec, inputs, place = job(grid, "lora", server, tmp_path / "work")
+def test_dialogues_and_draws(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, inputs, place = job("lora", tmp_path / "work")
     benchmark = {**spec["benchmark"], "turn_prompt": "\nQ: {instruction}\nA:", "limit": None}
     records = [
         {
@@ -174,9 +185,9 @@ def test_dialogues_and_draws(
 
 
 def test_a_forgotten_or_left_adapter_is_loaded_again(
-    grid: Grid, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grid: Grid, server: Server, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, inputs, place = job(grid, "tlora", server, tmp_path / "work")
+    spec, inputs, place = job("tlora", tmp_path / "work")
     backend_load = served.load
 
     def left(*args: Any) -> served.ServerBackend:
@@ -202,12 +213,14 @@ def test_a_forgotten_or_left_adapter_is_loaded_again(
 def test_what_a_server_cannot_do_is_said_in_one_line(
     grid: Grid,
     server: Server,
+    job: Job,
+    repeat: Callable[[Path, Path, int], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    spec, inputs, place = job(grid, "lora", server, tmp_path / "work")
+    spec, inputs, place = job("lora", tmp_path / "work")
 
     def refused(spec: dict, inputs: dict, place: dict) -> str:
         with pytest.raises(UserError) as caught:
@@ -225,9 +238,9 @@ def test_what_a_server_cannot_do_is_said_in_one_line(
     assert "num_beams: 4: expected 1" in refused({**spec, "benchmark": beams}, inputs, place)
     missing = refused_adapter(server, grid, tmp_path / "nowhere")
     assert "nowhere" in missing
-    large = rank_32(inputs["export"].parent / "weights", tmp_path / "large")
+    large = repeat(inputs["export"].parent / "weights", tmp_path / "large", 8)
     assert "max_lora_rank" in refused_adapter(server, grid, large)
-    merged = job(grid, "dora", server, tmp_path / "work")
+    merged = job("dora", tmp_path / "work")
     assert "backend: 'vllm': vLLM cannot be imported here" in refused(*merged)
     monkeypatch.setenv("TLORA_SERVER_KEY", KEY + "x")
     assert "refuses the key (401)" in refused(spec, inputs, place)
@@ -240,41 +253,8 @@ def refused_adapter(server: Server, grid: Grid, folder: Path) -> str:
     """Return why the server does not take an adapter."""
     place = grid.cell("lora").generates["arithmetic"].placement
     client = served.Client(server.url)
-    rules = served.load_rules(served_tokenizer(place), place["model"])
+    rules = served.load_rules(load_tokenizer(place), place["model"])
     with pytest.raises(UserError) as caught:
         served.ServerBackend(client, rules, "bad", None, folder).load_adapter()
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def served_tokenizer(place: dict[str, Any]) -> Any:
-    from tlora.base_model import load_tokenizer
-
-    return load_tokenizer(place)
-
-
-def rank_32(weights: Path, out: Path) -> Path:
-    """Write an adapter of rank 32: another, several times over."""
-    import numpy as np
-
-    from tlora.peft_folder import (
-        CONFIG,
-        WEIGHTS,
-        Stored,
-        read_config,
-        read_tensors,
-        write_config,
-        write_tensors,
-    )
-
-    os.makedirs(out)
-    tensors = {}
-    for name, tensor in read_tensors(weights / WEIGHTS).items():
-        axis = 0 if "lora_A" in name else 1
-        times = 32 // tensor.shape[axis]
-        values = np.concatenate([tensor.numbers()] * times, axis=axis)
-        tensors[name] = Stored.of(values, tensor.dtype)
-    write_tensors(out / WEIGHTS, tensors)
-    write_config(out, {**read_config(weights), "r": 32})
-    assert (out / CONFIG).is_file()
-    return out

@@ -256,9 +256,12 @@ def test_missing_data_file(spoilt: Project, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "expected"),
     [
-        (f'{ROW}{{"question": "1 + 1?"}}\n', ["row 2", "'answer'", "missing", "question"]),
+        (f'{ROW}{{"question": "1 + 1?"}}\n', ["train.jsonl:2", "'answer'", "missing", "question"]),
         (f"{ROW}{ROW}not json\n", ["train.jsonl:3", "not valid JSON"]),
-        (f'{ROW}{{"question": 7, "answer": "#### 2"}}\n', ["row 2", "question", "7", "text"]),
+        (
+            f'{ROW}{{"question": 7, "answer": "#### 2"}}\n',
+            ["train.jsonl:2", "question", "7", "text"],
+        ),
         ('{"question": "1 + 1?", "answer": "two"}\n', ["row 1", "answer", "#### "]),
         ("", ["train.jsonl", "no rows"]),
     ],
@@ -270,7 +273,7 @@ def test_bad_data(spoilt: Project, tmp_path: Path, train: str, expected: list[st
     (job,) = (job for job in spoilt.dry(preset=preset) if job.rule == "prepare")
     line = complaint(stage(spoilt, job, tmp_path))
     fragments(line, str(tmp_path / "data" / "gsm8k" / "train.jsonl"), *expected)
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 def stage(
@@ -315,7 +318,7 @@ def test_loss_that_is_not_finite(spoilt: Project, jobs: dict[str, Job], tmp_path
     job = jobs["train tiny/arithmetic/full"]
     output = stage(spoilt, job, tmp_path, learning_rate=1.0e30)
     fragments(complaint(output), "loss", "nan", "step", "expected a finite number", "learning rate")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("[!.]*"))
     assert "expected a finite number" in (tmp_path / "log").read_text()
 
 
@@ -342,7 +345,7 @@ def test_nan_in_calibration(
     job = jobs["calibrate tiny/arithmetic/sensitivity"]
     output = stage(spoilt, job, tmp_path, place={"model": str(broken_model)})
     fragments(complaint(output), "NaN", "calibration sample")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 @pytest.mark.slow
@@ -361,7 +364,7 @@ def test_adapter_of_another_model(spoilt: Project, jobs: dict[str, Job], tmp_pat
     job = jobs["generate tiny/arithmetic/lora/arithmetic"]
     output = stage(spoilt, job, tmp_path, place={"model": str(folder)})
     fragments(complaint(output), "does not fit the base model")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 @pytest.mark.slow
@@ -375,7 +378,7 @@ def test_changed_weights_are_not_exported(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     output = stage(checkout, jobs["export tiny/arithmetic/lora"], tmp_path)
     fragments(complaint(output), "adapter_model.safetensors", "differs", "delete the folder")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 def test_completions_from_elsewhere(spoilt: Project, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def initialized(project: Project, cache: Path) -> dict[str, bytes]:
     out = job.arguments[job.arguments.index("--out") + 1]
     project.record()
     project.snakemake(f"{out}/adapter_init.json")
-    return {path.name: path.read_bytes() for path in sorted(project.path(out).iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(project.path(out).glob("[!.]*"))}
 
 
 def verbs(project: Project) -> list[str]:

@@ -1,0 +1,129 @@
+"""A throw-away Slurm, and a checkout whose grid ran through it undisturbed."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster.runs import Run
+from cluster.slurm import SYSTEM, Cluster, taken, why_not
+from workflow.project import ENTRIES, Project, make_tools
+
+CLONE_NEWNS = 0x00020000
+
+# The demo in small: enough steps to be disturbed in between.
+PRESET = """\
+models: [tiny]
+tasks: [arithmetic]
+methods: [lora, tlora]
+seeds: [1]
+set:
+  data.train: 244
+  data.validation: 4
+  data.test: 8
+  batch_size: 4
+  calibration_samples: 4
+overrides:
+  - {benchmarks: [arithmetic], set: {data.test: 8, max_new_tokens: 4}}
+"""
+
+# Seconds that a test need not wait: for slow shared storage, and before the first look at a job.
+QUICK = {
+    "latency-wait: 60": "latency-wait: 10",
+    "slurm-init-seconds-before-status-checks: 20": "slurm-init-seconds-before-status-checks: 1",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.slow)
+
+
+def _own_system_folder() -> bool:
+    """Give this process and those below it an /etc/slurm of their own, where that is allowed."""
+    SYSTEM.mkdir(parents=True, exist_ok=True)
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        return False
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(SYSTEM)], check=True)
+    return True
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running cluster; the test is skipped, with the reason, where there can be none."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with open(Path(tempfile.gettempdir()) / "throwaway-slurm.lock", "w") as lock:
+        if not _own_system_folder():
+            if reason := taken():
+                pytest.skip(reason)
+            # One cluster at a time: other processes of pytest come after this one.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        running = Cluster(folder)
+        try:
+            running.up()
+            yield running
+        finally:
+            running.down()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkout(root: Path, folder: Path) -> Project:
+    """Copy the project; its default preset is the small one."""
+    folder.mkdir(parents=True)
+    ignored = shutil.ignore_patterns("__pycache__", "*.partial")
+    for name in ENTRIES:
+        source = root / name
+        if source.is_symlink():
+            os.symlink(os.readlink(source), folder / name)
+        elif source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy2(source, folder / name)
+    (folder / "config" / "config.yaml").write_text(PRESET, encoding="utf-8")
+    project = Project(folder, make_tools(folder.with_name("tools")))
+    for old, new in QUICK.items():
+        project.edit("workflow/profiles/slurm/config.yaml", old, new)
+    return project
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The small grid after one run of `snakemake --cores all --profile slurm`.
+
+    Not to be changed: copy it. Made once for all processes of pytest.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, done = base / "undisturbed" / "checkout", base / "undisturbed.done"
+    with open(base / "undisturbed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if done.is_file():
+            return Run(Project(folder, folder.with_name("tools")), cluster)
+        run = Run(_checkout(root, folder), cluster)
+        output = run.snakemake()
+        assert "21 of 21 steps (100%) done" in output
+        done.touch()
+        return run
+
+
+@pytest.fixture
+def disturbed(undisturbed: Run, cluster: Cluster, tmp_path: Path) -> Iterator[Run]:
+    """A copy of the finished checkout that lacks one run, to be disturbed at will."""
+    copied = undisturbed.without("lora", tmp_path / "checkout")
+    yield copied
+    copied.end()
+    shutil.rmtree(tmp_path, ignore_errors=True)
