@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,11 @@ def _random_model(family: str) -> Any:
     return model
 
 
+def every_method(root: Path) -> list[str]:
+    """Return the names of the project's methods, ablations with them."""
+    return sorted(path.stem for path in (root / "config/methods").glob("*.yaml"))
+
+
 def make_grid(
     root: Path,
     folder: Path,
@@ -234,8 +240,9 @@ def make_grid(
     micro_batch: int = 2,
     dtype: str = "float32",
     family: str = "llama",
+    methods: Sequence[str] | None = None,
 ) -> Grid:
-    """Write a configuration tree with every method of the project, and plan a preset."""
+    """Write a configuration tree, and plan a preset with the methods: without them, with all."""
     import shutil
 
     from transformers import AutoTokenizer
@@ -250,7 +257,7 @@ def make_grid(
         f"path: {model}\nmicro_batch: {micro_batch}\ndtype: {dtype}\n"
         f"architecture: {'seq2seq' if family == 't5' else 'causal'}\n"
     )
-    names = sorted(path.stem for path in (root / "config/methods").glob("*.yaml"))
+    names = every_method(root) if methods is None else methods
     path = folder / "config/contract.yaml"
     path.write_text(preset.format(methods=", ".join(names)))
     return Grid(folder, Plan([path]))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from contract.grid import PRESET, Grid, make_grid
+from contract.grid import PRESET, Grid, every_method, make_grid
 
 from tlora.artefact import read_json
 from tlora.errors import UserError
@@ -29,7 +29,8 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     targets = "[q, k, v, o, wi, wo]"
     preset = PRESET.replace("{{rank: 4,", "{{target_modules: " + targets + ", rank: 4,")
     preset += "  - {{benchmarks: [arithmetic], set: {{limit: 8, max_new_tokens: 8}}}}\n"
-    return make_grid(ROOT, tmp_path_factory.mktemp("t5"), preset, family="t5")
+    methods = [name for name in every_method(ROOT) if name not in REFUSED]
+    return make_grid(ROOT, tmp_path_factory.mktemp("t5"), preset, methods=methods, family="t5")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
@@ -44,6 +45,7 @@ def test_trains_passes_the_gate_and_is_scored(t5: Grid, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_method_that_lacks_it_says_so(t5: Grid, name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: .*encoder-decoder"):
-        t5.make(t5.cell(name).units["initialize"])
+def test_a_method_that_lacks_it_says_so(tmp_path: Path, name: str) -> None:
+    """Before any job: the plan itself refuses."""
+    with pytest.raises(UserError, match=f"'{name}': .*encoder-decoder"):
+        make_grid(ROOT, tmp_path, methods=["adalora", name], family="t5")

@@ -232,12 +232,14 @@ class Project:
             file.write(text)
 
     def state(self, folder: str = "results") -> dict[str, tuple[int, int]]:
-        """Return size and time of change of every file below a folder."""
-        files = sorted(path for path in self.path(folder).rglob("*") if path.is_file())
-        return {
-            path.relative_to(self.folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in files
+        """Return size and time of change of every file below a folder, but for who holds it."""
+        files = {
+            path.relative_to(self.folder).as_posix(): path
+            for path in sorted(self.path(folder).rglob("*"))
+            if path.is_file() and ".lease" not in path.parts
         }
+        stats = {name: path.stat() for name, path in files.items()}
+        return {name: (one.st_size, one.st_mtime_ns) for name, one in stats.items()}
 
     def copy(self, folder: Path, **options: Any) -> Project:
         """Copy the checkout with all it has made."""

@@ -84,6 +84,11 @@ def killed(project: Project, job: Job, name: str, step: int) -> None:
     pytest.fail("the run could not be killed in time")
 
 
+def lasting(project: Project) -> dict[str, Any]:
+    """Return the state of all files but those that a killed job leaves for its next attempt."""
+    return {name: one for name, one in project.state().items() if "/.work/" not in name}
+
+
 def newest(work: Path) -> Path:
     """Return the newest whole checkpoint."""
     whole = [path.parent for path in work.glob("checkpoint-*/manifest.json")]
@@ -128,7 +133,8 @@ def test_torn_checkpoint_falls_back_to_the_one_before(
     (torn / "trainer_state.json").unlink()
     weights = torn / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    step = int(newest(work).name.partition("-")[2])
+    shutil.copytree(work, project.path("torn/whole"), ignore=shutil.ignore_patterns(torn.name))
+    step = int(newest(project.path("torn/whole")).name.partition("-")[2])
     before = (work / "log.jsonl").read_text().splitlines()[:step]
 
     project.run(command(project, job, "torn"))
@@ -168,7 +174,7 @@ def test_snakemake_goes_on_after_a_kill(
     out = checkout.folder / job.arguments[job.arguments.index("--out") + 1]
     shutil.rmtree(out)
     target = str(out.relative_to(checkout.folder) / "train.json")
-    others = {name: state for name, state in checkout.state().items() if "/.work/" not in name}
+    others = lasting(checkout)
     work = checkout.path("results/.work/train") / job.id
     for _ in range(3):
         snakemake = checkout.start(checkout.snakemake_command(target))
@@ -183,8 +189,7 @@ def test_snakemake_goes_on_after_a_kill(
     assert snakemake.returncode == 1, output
     assert not list(out.glob("[!.]*")) if out.exists() else True
     assert newest(work).is_dir()
-    kept = {name: state for name, state in checkout.state().items() if "/.work/" not in name}
-    assert kept == others
+    assert lasting(checkout) == others
 
     checkout.snakemake(target)
 

@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 METHODS = ("full", "lora", "pissa", "tlora")
 # Parsing arguments decides no result; spec and code only stamp what a job may resume from.
 COMMAND_LINE = {
-    *("tlora.cli", "tlora.code", "tlora.spec", "tlora.lease", "tlora.distributed", "tlora.devices")
+    *("tlora.cli", "tlora.code", "tlora.spec", "tlora.lease", "tlora.distributed"),
+    *("tlora.devices", "tlora.estimate"),
 }
 # Loaded for a statistic that no method of the small preset reads.
 BRANCHES = {"calibrate": {"tlora/subspace.py"}}
@@ -46,6 +47,7 @@ def test_every_stage_ran_once_and_equal_work_once(jobs: dict[str, Job]) -> None:
     """One job a cell and stage; PiSSA's start needs no data, so it is shared between tasks."""
     expected = [
         "prepare tiny/arithmetic",
+        "overlap arithmetic/arithmetic",
         "calibrate tiny/arithmetic/sensitivity",
         "allocate tiny/arithmetic/tlora",
         "initialize tiny/any/pissa",
@@ -199,7 +201,7 @@ def test_profile_for_slurm(fresh: Project) -> None:
     """`--profile slurm` finds the profile and plans the same jobs."""
     output = fresh.snakemake("--cores", "all", "--profile", "slurm", "--dry-run")
     assert "slurm" in output
-    assert "total            27" in output
+    assert "total            32" in output
 
 
 def test_report_has_categories_and_captions(checkout: Project) -> None:
