@@ -43,7 +43,8 @@ demo: .venv/.core-stamp ## install, run the default comparison, write its report
 	@.venv/bin/tlora table config/config.yaml
 
 test: .venv/.dev-stamp .venv-vllm/.stamp ## install and run all tests
-	@$(WITH_VENV) python -m pytest --ignore=tests/cluster $(PYTEST_ARGS)
+	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --ignore=tests/cluster --numprocesses $(CORES) \
+		--dist loadgroup --no-loadscope-reorder --durations 40 $(PYTEST_ARGS)
 
 test-fast: .venv/.dev-stamp ## the tests that are not marked slow (under three minutes)
 	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses 2 $(PYTEST_ARGS)

@@ -22,13 +22,12 @@ NAMES = sorted(
 )
 # EVA's own preparation takes causal models only.
 REFUSED = ("eva",)
+PROJECTIONS = PRESET.replace("{{rank: 4,", "{{target_modules: [q, k, v, o, wi, wo], rank: 4,")
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Grid:
-    targets = "[q, k, v, o, wi, wo]"
-    preset = PRESET.replace("{{rank: 4,", "{{target_modules: " + targets + ", rank: 4,")
-    preset += "  - {{benchmarks: [arithmetic], set: {{limit: 8, max_new_tokens: 8}}}}\n"
+    preset = PROJECTIONS + "  - {{benchmarks: [arithmetic], set: {{limit: 8, max_new_tokens: 8}}}}\n"
     methods = [name for name in every_method(ROOT) if name not in REFUSED]
     return make_grid(ROOT, tmp_path_factory.mktemp("t5"), preset, methods=methods, family="t5")
 
@@ -48,4 +47,4 @@ def test_trains_passes_the_gate_and_is_scored(t5: Grid, name: str) -> None:
 def test_a_method_that_lacks_it_says_so(tmp_path: Path, name: str) -> None:
     """Before any job: the plan itself refuses."""
     with pytest.raises(UserError, match=f"'{name}': .*encoder-decoder"):
-        make_grid(ROOT, tmp_path, methods=["adalora", name], family="t5")
+        make_grid(ROOT, tmp_path, PROJECTIONS, methods=["adalora", name], family="t5")
