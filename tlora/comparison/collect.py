@@ -87,8 +87,41 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How the tuned values of a row were found: chosen.json.
+
+    Attributes
+    ----------
+    metric
+        What the trials were compared by, on the validation split; its direction is `higher`.
+    trials
+        The trials, in the grid's order: ordinary runs of one seed. Their scores are under the
+        benchmark `validation`.
+    tried
+        The values of every trial by setting, in the order of `trials`.
+    values
+        The score of every trial, None for one that failed, in the order of `trials`.
+    winner
+        Index of the trial that was chosen.
+    edges
+        Settings whose winning value is the lowest or the highest of the grid: "lower" or "upper".
+    """
+
+    metric: str
+    higher: bool
+    trials: tuple[Run, ...]
+    tried: tuple[dict[str, Any], ...]
+    values: tuple[float | None, ...]
+    winner: int
+    edges: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Row:
-    """The runs of one method: they differ in nothing but the seed."""
+    """The runs of one method: they differ in nothing but the seed.
+
+    `choice` is None where the preset tunes nothing.
+    """
 
     model: str
     task: str
@@ -96,6 +129,7 @@ class Row:
     label: str
     base: bool
     runs: tuple[Run, ...]
+    choice: Choice | None = None
 
     def scores(self, benchmark: str) -> list[Score]:
         """Return the scores of the runs that have one, in the runs' order."""
