@@ -32,6 +32,7 @@ STAGES = {
     "check": "compare what was exported with what was trained",
     "generate": "complete a benchmark's prompts",
     "score": "judge completions: tlora score BENCHMARK generations.jsonl --out score.json",
+    "choose": "pick the best of a method's trials",
     "compare": "build a preset's tables and plots",
     "track": "make MLflow equal to the files",
     "tiny_base": "make the embedded base model",
@@ -336,7 +337,10 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     plan = _plan(options)
-    print(f"{plan.document.path}: {len(plan.cells)} cells, {len(plan.units)} units of work: valid")
+    trials = sum(len(choice.trials) for choice in plan.choices)
+    runs = sum(len(one.cells or one.seeds) for one in plan.choices) + len(plan.settled)
+    tuned = f"{trials} trials, " if trials else ""
+    print(f"{plan.document.path}: {runs} cells, {tuned}{len(plan.units)} units of work: valid")
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -347,7 +351,14 @@ def _list(options: argparse.Namespace) -> None:
         for kind in KINDS:
             print(f"{kind}: {', '.join(library.names(kind))}")
         return
-    for cell in _plan(options).cells:
+    plan = _plan(options)
+    for choice in plan.choices:
+        for trial in choice.trials:
+            values = ", ".join(f"{key}={value}" for key, value in trial.trial.items())
+            print(f"{trial.model}\t{trial.task}\t{trial.row.name}\t{trial.seed}\ttrial {values}")
+        for seed in [] if choice.cells else choice.seeds:
+            print(f"{choice.model}\t{choice.task}\t{choice.row.name}\t{seed}\tafter its trials")
+    for cell in plan.cells:
         seed = "-" if cell.seed is None else cell.seed
         print(f"{cell.model}\t{cell.task}\t{cell.row.name}\t{seed}")
 
@@ -362,6 +373,7 @@ def _where(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     from tlora.config import nearest
+    from tlora.selection import Setting
 
     plan = _plan(options, [options.preset])
     model = options.model or next(iter(plan.models))
@@ -374,6 +386,16 @@ def _show(options: argparse.Namespace) -> None:
         if name not in known:
             raise UserError(f"{options.preset}: {kind}: {name!r}: {nearest(name, known)}")
     settings = plan.settings(model, options.task, rows[options.method])
+    for choice in plan.choices:
+        if (choice.model, choice.task, choice.row.name) == (model, options.task, options.method):
+            if choice.cells:
+                settings = choice.cells[0].settings
+            else:
+                at, grid = plan.tuned_grid(choice.row.method)
+                place = plan.document.where(at)
+                settings |= {
+                    key: Setting(f"one of {values}", place) for key, values in grid.items()
+                }
     width = max(map(len, settings))
     values = {key: str(setting.value) for key, setting in settings.items()}
     column = max(map(len, values.values()))

@@ -91,6 +91,8 @@ def stage_modules(stage: str, spec: dict) -> list[str]:
         modules.append(f"tlora.{folder}.{spec['implementation']}")
     if "backend" in spec:
         modules.append(f"tlora.generation.{spec['backend']}")
+    if "likelihood" in spec.get("benchmark", {}):
+        modules.append("tlora.generation.likelihood")
     for part in (spec, spec.get("task", {}), spec.get("benchmark", {})):
         if "source" in part:
             modules.append(f"tlora.tasks.{part['source']}")

@@ -71,6 +71,10 @@ class Task(Hyperparameters):
     data: dict[str, Any] = {}
     prompt: str = Field(description="template with {instruction}")
     benchmarks: list[str] = Field(min_length=1)
+    validation: str | None = Field(
+        None,
+        description="benchmark whose rules judge the validation split, or loss; default: first",
+    )
     gpus: int | None = Field(None, gt=0, description="in place of the model's; placement")
 
 
@@ -124,6 +128,19 @@ class Grid(Strict):
     vary: list[dict[str, Any]] = []
 
 
+class Tune(Strict):
+    """Trials on the validation split, by which every method gets values of its own."""
+
+    grid: dict[str, list[Any]] = Field(
+        {}, description="values by key; every combination of them is a trial"
+    )
+    methods: dict[str, dict[str, list[Any]]] = Field(
+        {}, description="grids of single methods, in place of `grid`; as many trials"
+    )
+    seed: int = Field(0, description="of all trials; none of the preset's seeds")
+    limit: int | None = Field(None, gt=0, description="first items of the validation split only")
+
+
 class Preset(Strict):
     """A grid: models x tasks x methods x seeds; or several of them."""
 
@@ -139,6 +156,7 @@ class Preset(Strict):
     overrides: list[Override] = []
     vary: list[dict[str, Any]] = Field([], description="{methods: [...], key: [values]}")
     set: dict[str, Any] = Field({}, description="set in every cell; wins over all else")
+    tune: Tune | None = Field(None, description="{grid, methods, seed, limit}")
     baseline: str = Field("lora", description="the method that all others are compared with")
     data_root: str | None = Field(None, description="folder with the data, instead of the hub")
     backend: Literal["transformers", "vllm"] = Field("transformers", description="generates")

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from tlora import methods, spec
+from tlora.artefact import read_json
 from tlora.benchmarks import Scorer
 from tlora.code import stage_files
-from tlora.config import Benchmark, Task, module_of, typed
-from tlora.selection import Row, Selection, Setting
+from tlora.config import Benchmark, Document, Task, module_of, typed
+from tlora.errors import UserError
+from tlora.selection import LOSS, VALIDATION, Row, Selection, Setting
 from tlora.weights import check_fit, check_targets, is_local
 
 RESULTS = Path("results")
+LIKELIHOOD = "likelihood"
 
 # The file of each stage that the next one is handed; it vouches for what lies beside it.
 MAIN = {
@@ -33,6 +36,7 @@ MAIN = {
     "check": "check.json",
     "generate": "generations.jsonl",
     "score": "score.json",
+    "choose": "chosen.json",
 }
 
 
@@ -89,11 +93,33 @@ class Cell:
     units: dict[str, Unit]
     generates: dict[str, Unit]
     scores: dict[str, Unit]
+    trial: Mapping[str, Any] | None = None
 
     @property
     def base(self) -> bool:
         """Whether this is the untrained base model."""
         return self.seed is None
+
+
+@dataclasses.dataclass(eq=False)
+class Choice:
+    """What a method's trials decide: values for the runs of all its seeds.
+
+    Attributes
+    ----------
+    unit
+        The job that compares the trials.
+    cells
+        The runs with what it found; none before that.
+    """
+
+    model: str
+    task: str
+    row: Row
+    seeds: list[int]
+    trials: list[Cell]
+    unit: Unit
+    cells: list[Cell] = dataclasses.field(default_factory=list)
 
 
 def _nothing(*_: Any) -> list:
@@ -113,8 +139,36 @@ class Plan(Selection):
     def __init__(self, files: list[Path], command_line: Mapping[str, Any] | None = None) -> None:
         super().__init__(files, command_line)
         self.units: dict[tuple[str, str], Unit] = {}
-        self.cells = list(self._cells())
+        self._slots = list(self._cells())
         self.overlaps = self._overlaps()
+        for choice in self.choices:
+            if choice.unit.main.is_file():
+                self.confirm(choice)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All runs but trials; those that a choice has not been made for are missing."""
+        parts = (one.cells if isinstance(one, Choice) else [one] for one in self._slots)
+        return list(itertools.chain.from_iterable(parts))
+
+    @property
+    def settled(self) -> list[Cell]:
+        """The runs whose settings no trial decides."""
+        return [one for one in self._slots if isinstance(one, Cell)]
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What trials decide: one for every model, task and row of a preset that tunes."""
+        return [one for one in self._slots if isinstance(one, Choice)]
+
+    def confirm(self, choice: Choice, values: Mapping[str, Any] | None = None) -> list[Cell]:
+        """Plan the runs with what the trials have found, or with `values`, and return them."""
+        path = choice.unit.main
+        found = read_json(path)["settings"] if values is None else values
+        model, task, row = choice.model, choice.task, choice.row
+        settings = self.settings(model, task, row, found, str(path))
+        choice.cells = [self._cell(model, task, row, seed, settings) for seed in choice.seeds]
+        return choice.cells
 
     def _unit(
         self,
@@ -134,7 +188,7 @@ class Plan(Selection):
         unit = Unit(stage, plain, names, present, place, tuple(after))
         return self.units.setdefault((stage, unit.id), unit)
 
-    def _cells(self) -> Iterator[Cell]:
+    def _cells(self) -> Iterator[Cell | Choice]:
         seen: set[tuple] = set()
         for grid in self.grids:
             for model, task in itertools.product(grid.models, grid.tasks):
@@ -143,17 +197,47 @@ class Plan(Selection):
                     yield self._base(model, task)
                 for row in grid.rows:
                     settings = self.settings(model, task, row)
-                    for seed in grid.seeds:
-                        if (model, task, row.name, seed) not in seen:
-                            seen.add((model, task, row.name, seed))
-                            yield self._cell(model, task, row, seed, settings)
+                    seeds = [s for s in grid.seeds if (model, task, row.name, s) not in seen]
+                    seen |= {(model, task, row.name, seed) for seed in seeds}
+                    if self.preset.tune is not None and seeds:
+                        yield self._choice(model, task, row, seeds)
+                        continue
+                    for seed in seeds:
+                        yield self._cell(model, task, row, seed, settings)
+
+    def _choice(self, model: str, task: str, row: Row, seeds: list[int]) -> Choice:
+        """Return the trials of a row and the job that compares them."""
+        trials = []
+        for values in self.trials(row.method):
+            settings = self.settings(model, task, row, values)
+            trials.append(self._cell(model, task, row, self.preset.tune.seed, settings, values))
+        scores = [trial.scores[VALIDATION] for trial in trials]
+        compared = [
+            {"settings": dict(trial.trial), "score": score.id}
+            for trial, score in zip(trials, scores, strict=True)
+        ]
+        unit = self._unit(
+            "choose",
+            spec.Choose(compared),
+            (model, task, row.method),
+            {f"trial{number}": score for number, score in enumerate(scores)},
+            {},
+        )
+        return Choice(model, task, row, seeds, trials, unit)
 
     def _base(self, model: str, task: str) -> Cell:
-        generates, scores = self._evaluations(model, task, "base")
+        tests = {name: self._benchmark(name) for name in self.tasks[task][0].benchmarks}
+        generates, scores = self._evaluations(model, task, "base", tests)
         return Cell(model, task, BASE, None, {}, {}, generates, scores)
 
     def _cell(
-        self, model: str, task: str, row: Row, seed: int, settings: dict[str, Setting]
+        self,
+        model: str,
+        task: str,
+        row: Row,
+        seed: int,
+        settings: dict[str, Setting],
+        trial: Mapping[str, Any] | None = None,
     ) -> Cell:
         config, _, identity = self.models[model]
         shared, document = self.tasks[task]
@@ -223,7 +307,8 @@ class Plan(Selection):
                 "micro_batch": config.micro_batch,
                 **self._devices(model, task),
                 "cell": {"model": model, "task": task, "method": row.name, "seed": seed}
-                | {"settings": value},
+                | {"settings": value}
+                | ({} if trial is None else {"trial": dict(trial)}),
             },
         )
         export = self._unit(
@@ -247,8 +332,15 @@ class Plan(Selection):
             place,
         )
         units |= {"train": train, "export": export, "check": check}
-        generates, scores = self._evaluations(model, task, row.method, export, check)
-        return Cell(model, task, row, seed, settings, units, generates, scores)
+        tests = (
+            {name: self._benchmark(name) for name in shared.benchmarks}
+            if trial is None
+            else {VALIDATION: self._validation(task)}
+        )
+        generates, scores = self._evaluations(
+            model, task, row.method, tests, export, check, prepare
+        )
+        return Cell(model, task, row, seed, settings, units, generates, scores, trial)
 
     def _initialization(
         self,
@@ -322,22 +414,34 @@ class Plan(Selection):
         model: str,
         task: str,
         method: str,
+        tests: Mapping[str, tuple[Benchmark, Document]],
         export: Unit | None = None,
         check: Unit | None = None,
+        prepare: Unit | None = None,
     ) -> tuple[dict[str, Unit], dict[str, Unit]]:
         config, _, identity = self.models[model]
         shared, _ = self.tasks[task]
         generates, scores = {}, {}
-        for name in shared.benchmarks:
-            benchmark, document = self._benchmark(name)
-            data, files = self._data("benchmarks", name, benchmark, document, ["test"])
+        for name, (benchmark, document) in tests.items():
+            if name == VALIDATION:
+                # Carved from the training data, never the test set.
+                own, at = self.tasks[task]
+                data, files = self._data("tasks", task, own, at, [VALIDATION])
+                split = {"split": VALIDATION}
+            else:
+                data, files = self._data("benchmarks", name, benchmark, document, ["test"])
+                split = {}
             scorer = Scorer(
                 module_of(document, "implementation", "benchmarks", benchmark.implementation)
             )
             options = typed(document, ("options",), scorer.options_type, benchmark.options)
             fields = ("source", "turn_prompt", "max_new_tokens", "num_beams", "stop", "limit")
-            asked = {"data": data, **{key: getattr(benchmark, key) for key in fields}}
+            asked = {"data": data, **{key: getattr(benchmark, key) for key in fields}, **split}
             prompt, backend = benchmark.prompt or shared.prompt, self.preset.backend
+            if benchmark.implementation == LIKELIHOOD:
+                # No text is generated: the probability of the given one is asked for.
+                asked |= {"likelihood": prepare.id, "max_new_tokens": None}
+                prompt, backend = "", "transformers"
             if hasattr(importlib.import_module(f"tlora.tasks.{benchmark.source}"), "evaluate"):
                 # It has prompts and limits of its own, and an engine.
                 asked |= {"max_new_tokens": None, "stop": []}
@@ -348,7 +452,7 @@ class Plan(Selection):
                     identity, export.id if export else None, prompt, asked, files, backend
                 ),
                 (model, task, method, name),
-                {"export": export},
+                {"export": export, "prepare": prepare if "likelihood" in asked else None},
                 {
                     "model": config.path,
                     "revision": config.revision,
@@ -374,6 +478,30 @@ class Plan(Selection):
                 },
             )
         return generates, scores
+
+    def _validation(self, task: str) -> tuple[Benchmark, Document]:
+        """Return the benchmark that judges trials: a task's validation split by rules of another.
+
+        Raises
+        ------
+        UserError
+            Where there is no validation record.
+        """
+        shared, document = self.tasks[task]
+        data, _ = self._data("tasks", task, shared, document, [])
+        if not data.get("validation"):
+            raise UserError(
+                f"{self.document.where(('tune',))}: tune: {task}: data.validation: "
+                f"{data.get('validation')!r}: expected a number of records to judge trials by: "
+                "set data.validation"
+            )
+        fields = {"source": shared.source, "label": None, "limit": self.preset.tune.limit}
+        name = self.judge(task)
+        if name == LOSS:
+            plain = Benchmark(source=shared.source, implementation=LIKELIHOOD, max_new_tokens=1)
+            return plain.model_copy(update=fields), document
+        benchmark, at = self._benchmark(name)
+        return benchmark.model_copy(update=fields), at
 
     def _fetched_model(self, model: str) -> list[Unit]:
         """Return what downloads a model of the hub; nothing for a folder."""
@@ -453,6 +581,16 @@ class Plan(Selection):
             "preset": self.name,
             "baseline": self.preset.baseline,
             "cells": [self._grid_cell(cell) for cell in self.cells],
+            "choices": [
+                {
+                    "model": choice.model,
+                    "task": choice.task,
+                    "method": choice.row.name,
+                    "chosen": str(choice.unit.main),
+                    "trials": [self._grid_cell(trial) for trial in choice.trials],
+                }
+                for choice in self.choices
+            ],
             "tasks": {
                 name: {
                     "benchmarks": task.benchmarks,
@@ -485,6 +623,7 @@ class Plan(Selection):
             "settings": {key: setting.value for key, setting in cell.settings.items()},
             "spec_id": evaluated.id if cell.base else units["train"].id,
             "train": None if cell.base else str(units["train"].main),
+            "export": None if cell.base else str(units["export"].main),
             "costs": [str(unit.main) for unit in chain],
             "allocation": str(units["allocate"].main) if "allocate" in units else None,
             "scores": {name: str(unit.main) for name, unit in cell.scores.items()},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,10 @@ class Setting:
     source: str
 
 
+LOSS, VALIDATION = "loss", "validation"
+"""What judges a validation split where no benchmark can; the name of the trials' benchmark."""
+
+
 class Selection:
     """The models, tasks, methods and benchmarks of a preset.
 
@@ -96,9 +102,15 @@ class Selection:
             for task, document in self.tasks.values()
             for name in task.benchmarks
         }
+        if self.preset.tune is not None:
+            for task, (_, document) in self.tasks.items():
+                name, asked = self.judge(task), f"{document.where(('validation',))}: validation"
+                if name != LOSS and name not in self.benchmarks:
+                    self.benchmarks[name] = self.library.benchmark(name, asked)
         self._check_overrides()
         self.grids = list(self._grids())
         self.rows = list({row.name: row for grid in self.grids for row in grid.rows}.values())
+        self._check_tune()
 
     def _lists(self, key: str) -> Iterator[tuple[tuple[str | int, ...], list[Any]]]:
         """Yield what every grid lists under a key, and where."""
@@ -204,10 +216,78 @@ class Selection:
                     shown = ", ".join(f"{key} = {value}" for key, value in varied.items())
                     yield Row(name, f"{label} ({shown})", varied, at)
 
-    def settings(self, model: str, task: str, row: Row) -> dict[str, Setting]:
+    def judge(self, task: str) -> str:
+        """Return the benchmark whose rules judge a task's validation split, or `LOSS`."""
+        config = self.tasks[task][0]
+        return config.validation or config.benchmarks[0]
+
+    def _check_tune(self) -> None:
+        """Refuse grids of trials that are unfair or that other keys contradict."""
+        tune = self.preset.tune
+        if tune is None:
+            return
+        for name in tune.methods:
+            if name not in self.methods:
+                where = self.document.where(("tune", "methods", name))
+                known = nearest(name, self.methods)
+                raise UserError(f"{where}: tune.methods: {name!r}: not in this preset; {known}")
+        for at, seeds in self._lists("seeds"):
+            if tune.seed in seeds:
+                where = self.document.where((*at, seeds.index(tune.seed)))
+                raise UserError(
+                    f"{where}: seeds: {tune.seed}: expected none that tune.seed has: what was "
+                    "chosen is confirmed by other runs"
+                )
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            at, grid = self.tuned_grid(row.method)
+            place = self.document.where(at)
+            if not grid:
+                raise UserError(f"{place}: {'.'.join(at)}: expected {{key: [values]}}")
+            for key, values in grid.items():
+                where = f"{self.document.where((*at, key))}: {'.'.join((*at, key))}:"
+                repeated = [value for value in values if values.count(value) > 1]
+                if not values or repeated:
+                    raise UserError(f"{where} {values!r}: expected different values, at least one")
+                if key in self.preset.set or key in row.varied:
+                    other = "set" if key in self.preset.set else "vary"
+                    raise UserError(f"{where} {other} has it too: expected one of the two")
+            counts[row.method] = math.prod(map(len, grid.values()))
+        for method, count in counts.items():
+            first = next(iter(counts))
+            if count != counts[first]:
+                at, _ = self.tuned_grid(method)
+                raise UserError(
+                    f"{self.document.where(at)}: {'.'.join(at)}: {count} trials of {method}, "
+                    f"{counts[first]} of {first}: expected equally many"
+                )
+
+    def tuned_grid(self, method: str) -> tuple[tuple[str, ...], dict[str, list[Any]]]:
+        """Return the grid of a method's trials, and where it stands."""
+        tune = self.preset.tune
+        if method in tune.methods:
+            return ("tune", "methods", method), tune.methods[method]
+        return ("tune", "grid"), tune.grid
+
+    def trials(self, method: str) -> list[dict[str, Any]]:
+        """Return what every trial of a method sets, in the grid's order."""
+        _, grid = self.tuned_grid(method)
+        return [
+            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+        ]
+
+    def settings(
+        self,
+        model: str,
+        task: str,
+        row: Row,
+        tuned: Mapping[str, Any] | None = None,
+        origin: str | None = None,
+    ) -> dict[str, Setting]:
         """Return every effective value of a cell with the file and line it comes from.
 
-        Precedence: task < method (with `hyperparameters: own`) < overrides < vary < set.
+        Precedence: task < method (with `hyperparameters: own`) < overrides < vary < set < `tuned`,
+        what a trial sets or a choice has found; `origin` says which.
         """
         shared, document = self.tasks[task]
         method, method_document = self.methods[row.method]
@@ -237,17 +317,21 @@ class Selection:
                 layers.append((override.set, self.document, ("overrides", index, "set")))
         layers.append((row.varied, self.document, row.at))
         layers.append((self.preset.set, self.document, ("set",)))
-        for values, origin, at in layers:
+        if tuned:
+            at = self.tuned_grid(row.method)[0]
+            places = {} if origin is None else {(*at, key): origin for key in tuned}
+            layers.append((tuned, self.document.placed(places), at))
+        for values, layer, at in layers:
             for key, value in values.items():
                 name = ".".join(map(str, (*at, key)))
                 if key.startswith("data."):
                     continue
                 if key not in found:
                     raise UserError(
-                        f"{origin.where((*at, key))}: {name}: {value!r}: unknown key; "
+                        f"{layer.where((*at, key))}: {name}: {value!r}: unknown key; "
                         f"{nearest(key, found)}"
                     )
-                found[key] = Setting(value, origin.where((*at, key)))
+                found[key] = Setting(value, layer.where((*at, key)))
         # What the layers brought in is checked by the schema of its keys.
         shared_keys = {key: found[key] for key in Hyperparameters.model_fields}
         origins = {(key,): setting.source for key, setting in shared_keys.items()}

@@ -124,6 +124,13 @@ class Train(_Spec):
 
 
 @dataclass(frozen=True)
+class Choose(_Spec):
+    """The best of several trials: the values that each sets, and its score's id."""
+
+    trials: list
+
+
+@dataclass(frozen=True)
 class Export(_Spec):
     """The trained weights in the form that others load."""
 

@@ -73,7 +73,7 @@ def identity(cell: Mapping[str, Any]) -> dict[str, str]:
     """Return the tags that say which cell a run is: names, seed and the id of its spec."""
     seed = cell.get("seed")
     return {
-        "tlora.kind": "cell",
+        "tlora.kind": "trial" if cell.get("trial") else "cell",
         "tlora.model": cell["model"],
         "tlora.task": cell["task"],
         "tlora.method": cell["method"],

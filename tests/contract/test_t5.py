@@ -27,7 +27,9 @@ PROJECTIONS = PRESET.replace("{{rank: 4,", "{{target_modules: [q, k, v, o, wi, w
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Grid:
-    preset = PROJECTIONS + "  - {{benchmarks: [arithmetic], set: {{limit: 8, max_new_tokens: 8}}}}\n"
+    preset = (
+        PROJECTIONS + "  - {{benchmarks: [arithmetic], set: {{limit: 8, max_new_tokens: 8}}}}\n"
+    )
     methods = [name for name in every_method(ROOT) if name not in REFUSED]
     return make_grid(ROOT, tmp_path_factory.mktemp("t5"), preset, methods=methods, family="t5")
 

@@ -156,6 +156,7 @@ def test_units_of_a_small_grid() -> None:
         "check": 8,
         "generate": 9,
         "score": 9,
+        "choose": 0,
     }
     assert len(found.cells) == 9
     assert [cell.base for cell in found.cells].count(True) == 1

@@ -277,9 +277,14 @@ def test_bad_data(spoilt: Project, tmp_path: Path, train: str, expected: list[st
 
 
 def stage(
-    project: Project, job: Job, folder: Path, place: dict[str, Any] | None = None, **changes: Any
+    project: Project,
+    job: Job,
+    folder: Path,
+    place: dict[str, Any] | None = None,
+    status: int = 1,
+    **changes: Any,
 ) -> str:
-    """Run a job's command, changed, into a folder of its own; it must end with status 1."""
+    """Run a job's command, changed, into a folder of its own; it must end with `status`."""
     words = job.arguments
     spec = {**json.loads(words[words.index("--spec") + 1]), **changes}
     changed = {**json.loads(words[words.index("--place") + 1]), **(place or {})}
@@ -291,7 +296,7 @@ def stage(
         "--log": str(folder / "log"),
     }.items():
         words[words.index(option) + 1] = value
-    return project.tlora(*words, status=1)
+    return project.tlora(*words, status=status)
 
 
 @pytest.mark.slow
@@ -314,11 +319,12 @@ def test_batch_above_the_samples(spoilt: Project, jobs: dict[str, Job], tmp_path
 
 @pytest.mark.slow
 def test_loss_that_is_not_finite(spoilt: Project, jobs: dict[str, Job], tmp_path: Path) -> None:
-    """Training stops at once, and leaves nothing at its place."""
+    """Training stops at once; that is a result, which says why and holds no weights."""
     job = jobs["train tiny/arithmetic/full"]
-    output = stage(spoilt, job, tmp_path, learning_rate=1.0e30)
-    fragments(complaint(output), "loss", "nan", "step", "expected a finite number", "learning rate")
-    assert not list((tmp_path / "out").glob("[!.]*"))
+    stage(spoilt, job, tmp_path, status=0, learning_rate=1.0e30)
+    card = json.loads((tmp_path / "out" / "train.json").read_text())
+    fragments(card["failed"], "loss", "nan", "step", "expected a finite number", "learning rate")
+    assert card["files"] == {} and not list((tmp_path / "out" / "weights").iterdir())
     assert "expected a finite number" in (tmp_path / "log").read_text()
 
 

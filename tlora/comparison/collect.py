@@ -61,6 +61,10 @@ class Run:
     failures
         Why the run, or its evaluation on one benchmark, gave no number: `{"": reason}` for the
         whole run, `{benchmark: reason}` for one evaluation.
+    export_path
+        export.json, with weights/ beside it; None for the base model.
+    generations
+        generations.jsonl by benchmark, as far as there.
     """
 
     model: str
@@ -80,6 +84,8 @@ class Run:
     scores: dict[str, Score]
     evaluation: dict[str, dict[str, Any]]
     failures: dict[str, str]
+    export_path: Path | None = None
+    generations: dict[str, Path] = field(default_factory=dict)
 
     def failure(self, benchmark: str) -> str | None:
         """Return why there is no number for `benchmark`, None where there is one."""
@@ -281,12 +287,15 @@ def load(grid_path: Path, labels: dict[str, dict[str, str]] | None = None) -> Co
         rows.setdefault((run.method, run.label, str(run.base)), []).append(run)
         if cell.get("card") and not cards.get(place):
             cards[place] = _optional(Path(cell["card"])) or {}
+    choices = {
+        (one["task"], one["model"], one["method"]): _choice(one) for one in grid.get("choices", [])
+    }
     tasks = list(dict.fromkeys(task for task, _ in runs))
     models = list(dict.fromkeys(model for _, model in runs))
     sections = []
     for task in tasks:
         for model in (name for name in models if (task, name) in runs):
-            rows = [_row(found, grid_path) for found in runs[task, model].values()]
+            rows = [_row(found, grid_path, choices) for found in runs[task, model].values()]
             seen = dict.fromkeys(b for row in rows for run in row.runs for b in run.scores)
             described = grid["tasks"].get(task, {})
             looked = {k: _optional(Path(v)) for k, v in described.get("overlaps", {}).items()}
@@ -327,7 +336,7 @@ def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
     if not base and training is None:
         failures.setdefault("", f"{train_path or 'train.json'} is missing")
     elif training and training.get("failed"):
-        failures.setdefault("", f"{train_path} says so")
+        failures.setdefault("", str(training["failed"]))
     scores: dict[str, Score] = {}
     for benchmark in dict.fromkeys([*benchmarks, *cell["scores"]]):
         path = cell["scores"].get(benchmark)
@@ -335,10 +344,14 @@ def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
         if content is None:
             failures[benchmark] = f"{path or 'score.json'} is missing"
         elif content.get("failed"):
-            failures[benchmark] = f"{path} says so"
+            failures[benchmark] = str(content["failed"])
         else:
             scores[benchmark] = parse_score(content, path)
     generations = {name: _optional(Path(p)) for name, p in cell.get("generations", {}).items()}
+    completions = {
+        name: Path(path).with_name("generations.jsonl")
+        for name, path in cell.get("generations", {}).items()
+    }
     costs = [_optional(Path(path)) for path in dict.fromkeys(cell.get("costs", []))]
     known = [cost for cost in costs if cost is not None]
     memory = [int(cost["peak_memory_bytes"]) for cost in known if cost.get("peak_memory_bytes")]
@@ -362,6 +375,8 @@ def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
         scores=scores,
         evaluation={name: cost for name, cost in generations.items() if cost is not None},
         failures=failures,
+        export_path=Path(cell["export"]) if cell.get("export") else None,
+        generations={name: path for name, path in completions.items() if path.is_file()},
     )
 
 
@@ -431,7 +446,27 @@ def read_log(folder: Path) -> tuple[dict[str, Any], ...]:
     return tuple(rows[step] for step in sorted(rows))
 
 
-def _row(runs: list[Run], grid_path: Path) -> Row:
+def _choice(entry: dict[str, Any]) -> Choice | None:
+    """Read chosen.json and the trials it is about; None where it is not there."""
+    chosen = _optional(Path(entry["chosen"]))
+    if chosen is None:
+        return None
+    return Choice(
+        metric=chosen["metric"],
+        higher=chosen["higher_is_better"],
+        trials=tuple(load_run(trial, list(trial["scores"])) for trial in entry["trials"]),
+        tried=tuple(trial["settings"] for trial in chosen["trials"]),
+        values=tuple(
+            None if "failed" in trial else float(trial["value"]) for trial in chosen["trials"]
+        ),
+        winner=chosen["winner"],
+        edges=chosen["edges"],
+    )
+
+
+def _row(
+    runs: list[Run], grid_path: Path, choices: dict[tuple[str, str, str], Choice | None]
+) -> Row:
     first = runs[0]
     seeds = [run.seed for run in runs]
     repeated = sorted({str(seed) for seed in seeds if seeds.count(seed) > 1})
@@ -440,7 +475,8 @@ def _row(runs: list[Run], grid_path: Path) -> Row:
             f"{grid_path}: cells: {first.model}/{first.task}/{first.label}: seed {repeated[0]}: "
             "expected one run a seed; rows with different settings need different labels"
         )
-    return Row(first.model, first.task, first.method, first.label, first.base, tuple(runs))
+    choice = None if first.base else choices.get((first.task, first.model, first.method))
+    return Row(first.model, first.task, first.method, first.label, first.base, tuple(runs), choice)
 
 
 def _optional(path: Path) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ def check(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     within `NOISE` times the difference that bfloat16 makes to the reloaded model, and the adapters
     among each other in float32. Ranks and scalings are those that were allocated, frozen weights
     those of the initialisation. A run that fails is no error: it is shown as failed, not scored.
+    One whose training failed is not looked at: check.json says under `failed` why.
 
     Raises
     ------
@@ -48,6 +49,11 @@ def check(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     """
     from safetensors.torch import load_file
 
+    failed = read_json(inputs["train"]).get("failed")
+    if failed is not None:
+        write_json(out / "figures.json", {"comparisons": [], "noise": None})
+        write_json(out / "check.json", {"passed": False, "reasons": [failed], "failed": failed})
+        return
     samples = held_out(inputs["prepare"])
     if not samples:
         raise UserError(f"{inputs['prepare']}: no sample: expected one to compare on")

@@ -19,6 +19,11 @@ def export(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     """
     method = methods.load(spec["implementation"])
     card = read_json(inputs["train"])
+    if "failed" in card:
+        with staged(out / "weights") as temporary:
+            temporary.mkdir(parents=True)
+        write_json(out / "export.json", {"failed": card["failed"], "form": None, "files": {}})
+        return
     trained = inputs["train"].parent / "weights"
     check_files(trained, card["files"])
     initial = inputs["initialize"].parent if "initialize" in inputs else None

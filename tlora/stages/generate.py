@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tlora.artefact import remove, staged, stamped, write_json, write_text
+from tlora.artefact import read_json, remove, staged, stamped, write_json, write_text
 from tlora.base_model import load_tokenizer, peak_memory_bytes
 from tlora.errors import UserError
 from tlora.generation import BACKENDS, Backend, Completion, Prompt, prompt_seed
@@ -57,12 +57,21 @@ def generate(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, An
     export = inputs.get("export")
     if (spec["export"] is None) != (export is None):
         raise UserError(f"export: {spec['export']}: the input is {export}: expected both or none")
+    if export is not None and read_json(export).get("failed"):
+        # No weights to ask; the score says why.
+        cost = {"seconds": 0.0, "peak_memory_bytes": None, "tokens": 0}
+        write_json(Path(out) / "generate.json", cost)
+        write_text(Path(out) / "generations.jsonl", "")
+        return
     name = spec.get("backend") or "transformers"
     if name not in BACKENDS:
         raise UserError(f"backend: {name!r}: expected one of {', '.join(BACKENDS)}")
     if place.get("server") and name != "vllm":
         raise UserError(f"server: backend: {name!r}: expected 'vllm', which a server runs")
     benchmark = spec["benchmark"]
+    if "likelihood" in benchmark:
+        _likelihood(spec, inputs, out, place)
+        return
     source = importlib.import_module(f"tlora.tasks.{benchmark['source']}")
     if hasattr(source, "evaluate"):
         _evaluate(source, spec, export, out, place)
@@ -121,8 +130,28 @@ def _evaluate(
     work.delete()
 
 
+def _likelihood(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
+    """Write how likely the given answers of the validation split are, in place of own ones."""
+    from tlora.tasks import tokenised
+
+    module = importlib.import_module("tlora.generation.likelihood")
+    samples = tokenised.read(inputs["prepare"].parent / "validation.parquet")
+    samples = samples[: spec["benchmark"].get("limit")]
+    if not samples:
+        raise UserError(f"{inputs['prepare']}: validation: no sample: expected at least one")
+    started = time.perf_counter()
+    backend = _load("transformers", spec, inputs.get("export"), place, load_tokenizer(place))
+    rows = module.losses(backend.model, samples, backend.pad)
+    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    write_json(Path(out) / "generate.json", {**cost, "tokens": None})
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+    write_text(Path(out) / "generations.jsonl", "".join(lines))
+
+
 def benchmark_records(benchmark: dict[str, Any], data_root: str | None) -> list[dict[str, Any]]:
-    """Return the records of a benchmark's test split, the first `limit` where it has one.
+    """Return the records of a benchmark's split, the first `limit` where it has one.
+
+    The split is `test`, or what the benchmark's `split` says: trials are judged by `validation`.
 
     Raises
     ------
@@ -131,10 +160,11 @@ def benchmark_records(benchmark: dict[str, Any], data_root: str | None) -> list[
     """
     source = importlib.import_module(f"tlora.tasks.{benchmark['source']}")
     data = source.Data(**benchmark.get("data", {}))
-    records = source.load(data, "test", Path(data_root) if data_root else None)
+    split = benchmark.get("split") or "test"
+    records = source.load(data, split, Path(data_root) if data_root else None)
     records = records[: benchmark.get("limit")]
     if not records:
-        raise UserError(f"{benchmark['source']}: test: no records: expected at least one")
+        raise UserError(f"{benchmark['source']}: {split}: no records: expected at least one")
     seen: set[str] = set()
     for record in records:
         if record["id"] in seen:

@@ -27,7 +27,8 @@ def score(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     """
     target = Path(out) / "score.json"
     if "check" in inputs and not (verdict := read_json(inputs["check"]))["passed"]:
-        write_json(target, {"failed": "adapter gate: " + "; ".join(verdict["reasons"])})
+        reason = verdict.get("failed") or "adapter gate: " + "; ".join(verdict["reasons"])
+        write_json(target, {"failed": reason})
         return
     work = stamped(Path(place["work"]), place["stamp"])
     context = Context(work, place)

@@ -15,8 +15,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TABLES = ("table.csv", "table.md", "table.tex", "table.html", "ledger.csv")
+TABLES = ("*.csv", "*.md", "*.tex", "table.html", "plots/*/*.png")
+COPIED = 100_000_000
+"""Bytes up to which the weights of a logged model are copied into the store."""
 
 METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100
 """What MLflow takes in one call."""
@@ -57,6 +60,12 @@ class Wanted:
         The tags by which the run is known.
     artifacts
         Files by their path in the run, `folder/name` or `name`; they keep their names.
+    parent
+        The identity of the run that this one is nested in; it must have been made before.
+    datasets
+        What was trained on: name, digest, where it lies.
+    model
+        export.json of what was trained, with the weights beside it.
     begin, end
         Milliseconds since the epoch.
     """
@@ -71,13 +80,19 @@ class Wanted:
     status: str = "FINISHED"
     begin: int = 0
     end: int = 0
+    parent: dict[str, str] | None = None
+    datasets: tuple[tuple[str, str, str], ...] = ()
+    model: Path | None = None
 
     @property
     def all_tags(self) -> dict[str, str]:
         """All tags, with one that stands for the content of the artifacts."""
         sums = {name: sha256_file(path) for name, path in sorted(self.artifacts.items())}
         digest = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-        return {**self.identity, **self.tags, "tlora.artifacts_sha256": digest}
+        known = {**self.identity, **self.tags, "tlora.artifacts_sha256": digest}
+        if self.model is not None:
+            known["tlora.model_sha256"] = sha256_file(self.model)
+        return known
 
 
 def track(spec: dict[str, Any], inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
@@ -139,7 +154,11 @@ def reconcile(uri: str, wanted: Sequence[Wanted], preset: str) -> dict[str, Any]
     counts = {"created": 0, "kept": 0, "deleted": 0}
     mark = f"tlora.preset.{preset}"
     current = set()
+    ids: dict[tuple, str] = {}
     for one in bar(wanted, desc="track", unit="run"):
+        if one.parent is not None:
+            above = ids[tuple(sorted(one.parent.items()))]
+            one = replace(one, parent=None, tags={**one.tags, "mlflow.parentRunId": above})
         same = [r for r in present[one.experiment] if one.identity.items() <= r.data.tags.items()]
         good = next((run for run in same if agrees(client, run, one)), None)
         if good is None:
@@ -151,9 +170,12 @@ def reconcile(uri: str, wanted: Sequence[Wanted], preset: str) -> dict[str, Any]
             if good.data.tags.get(mark) != "true":
                 client.set_tag(run_id, mark, "true")
         current.add(run_id)
+        ids[tuple(sorted(one.identity.items()))] = run_id
         # only now: a store that fails midway keeps what it had
         for run in same:
             if run.info.run_id != run_id:
+                for model in _models(run):
+                    client.delete_logged_model(model)
                 client.delete_run(run.info.run_id)
                 counts["deleted"] += 1
                 current.add(run.info.run_id)
@@ -170,6 +192,11 @@ def agrees(client: MlflowClient, run: Run, wanted: Wanted) -> bool:
         return False
     if not wanted.all_tags.items() <= run.data.tags.items():
         return False
+    found = sorted((one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs)
+    if found != sorted((name, digest) for name, digest, _ in wanted.datasets):
+        return False
+    if len(_models(run)) != (wanted.model is not None):
+        return False
     curves: dict[str, list[tuple[int, float]]] = {}
     for point in wanted.points:
         curves.setdefault(point.key, []).append((point.step, point.value))
@@ -185,6 +212,32 @@ def agrees(client: MlflowClient, run: Run, wanted: Wanted) -> bool:
     return _listed(client, run.info.run_id) == sizes
 
 
+def _models(run: Run) -> list[str]:
+    """Return the ids of the models that a run has logged."""
+    return [model.model_id for model in run.outputs.model_outputs] if run.outputs else []
+
+
+def _log_model(client: MlflowClient, experiment: str, run_id: str, wanted: Wanted) -> None:
+    """Log what was trained; of large weights only what describes them, and where they are."""
+    from mlflow.entities import LoggedModelOutput
+
+    card, weights = read_json(wanted.model), wanted.model.parent / "weights"
+    model = client.create_logged_model(
+        experiment,
+        name=re.sub(r"[/:.%\"']", "_", wanted.name),
+        source_run_id=run_id,
+        model_type=card["form"],
+        tags={"tlora.weights": str(weights)}
+        | {f"tlora.sha256.{name}": digest for name, digest in sorted(card["files"].items())},
+    )
+    total = sum((weights / name).stat().st_size for name in card["files"])
+    for name in card["files"]:
+        if total <= COPIED or name.endswith(".json"):
+            client.log_model_artifact(model.model_id, str(weights / name))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+
+
 def _listed(client: MlflowClient, run_id: str, folder: str | None = None) -> dict[str, int]:
     """Return the size of every artifact of a run by its path."""
     sizes = {}
@@ -198,7 +251,7 @@ def _listed(client: MlflowClient, run_id: str, folder: str | None = None) -> dic
 
 def _create(client: MlflowClient, experiment: str, wanted: Wanted, mark: str) -> str:
     """Write a run; its status stays RUNNING until all of it is there."""
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
     tags = {**wanted.all_tags, mark: "true"}
     run = client.create_run(
@@ -211,6 +264,15 @@ def _create(client: MlflowClient, experiment: str, wanted: Wanted, mark: str) ->
     metrics = [Metric(p.key, p.value, p.moment, p.step) for p in wanted.points]
     for part in _chunks(metrics, METRICS_AT_ONCE):
         client.log_batch(run_id, metrics=part)
+    if wanted.datasets:
+        context = [InputTag("mlflow.data.context", "training")]
+        inputs = [
+            DatasetInput(Dataset(name, digest, "local", json.dumps({"uri": source})), context)
+            for name, digest, source in wanted.datasets
+        ]
+        client.log_inputs(run_id, inputs)
+    if wanted.model is not None:
+        _log_model(client, experiment, run_id, wanted)
     for name, path in wanted.artifacts.items():
         client.log_artifact(run_id, str(path), name.rpartition("/")[0] or None)
     client.set_terminated(run_id, wanted.status, wanted.end or None)
@@ -266,12 +328,60 @@ def _store_errors() -> tuple[type[Exception], ...]:
 
 def _cells(grid: Path) -> list[Wanted]:
     comparison = collect.load(grid)
-    return [
-        _cell(run, section.card)
-        for section in comparison.sections
-        for row in section.rows
-        for run in row.runs
-    ]
+    chosen = {
+        (one["model"], one["task"], one["method"]): Path(one["chosen"])
+        for one in read_json(grid).get("choices", [])
+    }
+    wanted: list[Wanted] = []
+    for section in comparison.sections:
+        for row in section.rows:
+            wanted += [_cell(run, section.card) for run in row.runs]
+            if row.choice is not None:
+                path = chosen[row.model, row.task, row.method]
+                parent = _tuning(row, path)
+                trials = zip(row.choice.trials, row.choice.tried, strict=True)
+                wanted.append(parent)
+                wanted += [_trial(run, tried, section.card, parent) for run, tried in trials]
+    return wanted
+
+
+def _tuning(row: collect.Row, path: Path) -> Wanted:
+    """Return the run that a method's trials are nested in: what they found."""
+    choice, known = row.choice, read_json(path)
+    names = {"model": row.model, "task": row.task, "method": row.method}
+    end = round(1000 * path.stat().st_mtime)
+    value = choice.values[choice.winner]
+    return Wanted(
+        experiment=tracking.experiment_name(names),
+        name=f"{row.method} tuning",
+        identity={
+            "tlora.kind": "tuning",
+            **{f"tlora.{key}": value for key, value in names.items()},
+            "tlora.spec_id": path.parent.name,
+        },
+        tags={f"tlora.edge.{key}": edge for key, edge in choice.edges.items()},
+        params=tracking.parameters(known["settings"]) | tracking.parameters(names),
+        points=(
+            Point(f"validation/{choice.metric}", float(value), 0, end),
+            Point("trials", float(len(choice.trials)), 0, end),
+        ),
+        artifacts={"chosen.json": path},
+        begin=end,
+        end=end,
+    )
+
+
+def _trial(run: collect.Run, tried: dict[str, Any], card: dict[str, Any], parent: Wanted) -> Wanted:
+    """Return a trial's run: an ordinary one, nested and named after what it tries."""
+    shown = ", ".join(f"{key}={value}" for key, value in tried.items())
+    ordinary = _cell(run, card)
+    return replace(
+        ordinary,
+        name=f"{run.method} {shown}",
+        identity={**ordinary.identity, "tlora.kind": "trial"},
+        parent=parent.identity,
+        model=None,
+    )
 
 
 def _cell(run: collect.Run, card: dict[str, Any]) -> Wanted:
@@ -286,7 +396,9 @@ def _cell(run: collect.Run, card: dict[str, Any]) -> Wanted:
     artifacts = {"train.json": run.train_path, "allocation.json": run.allocation}
     files = {name: path for name, path in artifacts.items() if path and path.is_file()}
     files |= {f"{name}/score.json": Path(score.path) for name, score in run.scores.items()}
+    files |= {f"{name}/generations.jsonl": path for name, path in run.generations.items()}
     begin, end = _times(run)
+    trained = not run.base and "" not in run.failures
     tags = {"tlora.base": str(run.base).lower()}
     for name, digest in sorted((card.get("sha256") or {}).items()):
         tags[f"tlora.data_sha256.{name}"] = digest
@@ -303,7 +415,19 @@ def _cell(run: collect.Run, card: dict[str, Any]) -> Wanted:
         status="FAILED" if run.failures else "FINISHED",
         begin=begin,
         end=end,
+        datasets=() if run.base else _datasets(run.task, card),
+        model=run.export_path if trained and _has_weights(run.export_path) else None,
     )
+
+
+def _datasets(task: str, card: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """Return the training data, known by the start of its SHA-256: MLflow allows 36 characters."""
+    digest = (card.get("sha256") or {}).get("train.parquet")
+    return () if digest is None else ((task, digest[:36], str(card.get("source", task))),)
+
+
+def _has_weights(export: Path | None) -> bool:
+    return export is not None and export.is_file() and bool(read_json(export).get("files"))
 
 
 def _points(run: collect.Run, begin: int, end: int) -> Iterable[Point]:
@@ -342,7 +466,8 @@ def _times(run: collect.Run) -> tuple[int, int]:
 def _tables(grid: Path, folder: Path) -> list[Wanted]:
     """Return the run that carries the preset's tables; none where there are no tables yet."""
     preset = read_json(grid)["preset"]
-    files = {name: folder / name for name in TABLES if (folder / name).is_file()}
+    paths = sorted(path for pattern in TABLES for path in folder.glob(pattern))
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
     if not files:
         return []
     return [

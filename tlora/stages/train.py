@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = 5
+DIVERGED = "diverged.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tlora")
 
 
@@ -68,11 +69,14 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
     `place["stamp"]`: a run of another spec, input or code starts afresh. With `place["processes"]`
     above 1, or `place["deepspeed"]`, torchrun starts them, and each comes here again.
 
+    A loss that is not finite is a result, and no error: train.json then holds the reason under
+    `failed`, and there are no weights. Trials with a high learning rate may end so.
+
     Raises
     ------
     UserError
-        Too few samples for one optimizer step, a batch that does not divide, a method that
-        DeepSpeed's settings do not fit, or a loss that is not finite.
+        Too few samples for one optimizer step, a batch that does not divide, or a method that
+        DeepSpeed's settings do not fit.
     SystemExit
         After SIGTERM or SIGUSR1, with a checkpoint to go on from.
     """
@@ -90,12 +94,43 @@ def train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any])
         check_installed()
     stamped(work, place["stamp"])
     delete_torn(work)
-    if processes(place) > 1 or place.get("deepspeed"):
-        launch("train", spec, inputs, out, place)
-    else:
-        _train(spec, inputs, out, place)
+    try:
+        if processes(place) > 1 or place.get("deepspeed"):
+            launch("train", spec, inputs, out, place)
+        else:
+            _train(spec, inputs, out, place)
+    except UserError as error:
+        if not (work / DIVERGED).is_file():
+            raise
+        logger.error("%s", error)
+        _write_failed(work, out)
     # Weights of a full model make its checkpoints larger than what is kept.
     remove(work)
+
+
+def _write_failed(work: Path, out: Path) -> None:
+    """Write what is known of a run whose loss was not finite."""
+    cost = read_json(work / "cost.json")
+    history = (work / "log.jsonl").read_text(encoding="utf-8")
+    with staged(out / "weights") as temporary:
+        temporary.mkdir(parents=True)
+    write_text(out / "probe.safetensors", "")
+    write_text(out / "log.jsonl", history)
+    write_json(
+        out / "train.json",
+        {
+            "failed": read_json(work / DIVERGED)["reason"],
+            "train_seconds": cost["seconds"],
+            "peak_memory_bytes": cost["peak_memory_bytes"],
+            "attempts": cost["attempts"],
+            "files": {},
+            "versions": _versions(),
+        },
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
@@ -238,7 +273,7 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
             "attempts": log.attempts,
             "frozen": frozen,
             "files": sha256_tree(out / "weights"),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": _versions(),
         },
     )
 
@@ -360,10 +395,14 @@ class Log:
         if "loss" not in values:
             return None
         if not math.isfinite(values["loss"]):
-            raise UserError(
+            reason = (
                 f"loss: {values['loss']} at step {step} of {self.steps}: expected a finite number; "
                 "lower the learning rate"
             )
+            if rank() == 0:
+                self.keep()
+                write_json(self.path.with_name(DIVERGED), {"reason": reason})
+            raise UserError(reason)
         self.last_loss = float(values["loss"])
         if rank() != 0:
             return None

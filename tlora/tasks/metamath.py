@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tlora.tasks import loading
 
+MARKER = "The answer is:"
 COLUMNS = ("query", "response", "original_question")
 
 
@@ -43,7 +44,7 @@ class Data:
 def load(data: Data, split: str, data_root: Path | None) -> list[dict[str, str]]:
     """Return the records of "train" or "validation"; there is no test split.
 
-    The response is kept as it is: it ends with a line `The answer is: X`.
+    The response is kept as it is: it ends with a line `The answer is: X`, whose X is the reference.
 
     Raises
     ------
@@ -60,10 +61,15 @@ def load(data: Data, split: str, data_root: Path | None) -> list[dict[str, str]]
             "id": f"train-{i}",
             "instruction": row["query"],
             "response": row["response"],
-            "reference": row["response"],
+            "reference": answer(row["response"]),
         }
         for i, row in kept
     ]
+
+
+def answer(response: str) -> str:
+    """Return what a worked answer ends with, all of it where it does not say."""
+    return response.rpartition(MARKER)[2].strip()
 
 
 def sources(data: Data, split: str, data_root: Path | None) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from tlora.code import stage_files
 from tlora.errors import UserError
 from tlora.lease import lease_folder, new_controller, stamp_of, take
 from tlora.plan import MAIN, RESULTS, Plan
+from tlora.selection import VALIDATION
 from tlora.spec import canonical, spec_id
 from tlora.tracking import outdated, tracking_uri
 
@@ -107,7 +108,7 @@ wildcard_constraints:
     model="|".join(map(re.escape, PLAN.models)),
     task="|".join([*map(re.escape, PLAN.tasks), "any"]),
     method="[^/]+",
-    benchmark="|".join(map(re.escape, PLAN.benchmarks)),
+    benchmark="|".join(map(re.escape, [*PLAN.benchmarks, VALIDATION])),
     statistic="[a-z_]+",
     kind="[a-z_]+",
     repository="[^/]+",

@@ -1,21 +1,90 @@
+CHOOSE = pattern("choose", "model", "task", "method")
+
+
+# The runs with fresh seeds are known when the trials have been compared.
+checkpoint choose:
+    input:
+        trials=lambda wildcards: [
+            str(one.main) for one in unit("choose", wildcards).inputs.values()
+        ],
+        code=code("choose"),
+    output:
+        chosen=f"{CHOOSE}/chosen.json",
+    log:
+        f"logs/{CHOOSE}.log",
+    localrule: True
+    conda:
+        "../../envs/core.yaml"
+    params:
+        spec=spec("choose"),
+        inputs=lambda wildcards, input: [
+            f"trial{number}={path}" for number, path in enumerate(input.trials)
+        ],
+        out=folder,
+    message:
+        "choose for {wildcards.method} on {wildcards.task}"
+    shell:
+        "tlora choose --spec {params.spec:q} --input {params.inputs:q} --out {params.out:q} "
+        "--log {log:q}"
+
+
+def confirmed(choice):
+    """Input function: what the runs leave that the choice's outcome asks for."""
+    model, task, method = choice.unit.names
+
+    def find(wildcards):
+        checkpoints.choose.get(model=model, task=task, method=method, id=choice.unit.id)
+        cells = PLAN.confirm(choice)
+        return [
+            *(str(cell.units["train"].main) for cell in cells),
+            *(str(score.main) for cell in cells for score in cell.scores.values()),
+        ]
+
+    return find
+
+
+CHOICES = [COMPARISON / "choices.json"] if PLAN.choices else []
+
+
+# Which trials the preset compares. Snakemake looks for changes only in jobs whose inputs are known
+# before any checkpoint, as those of the tables are not.
+rule choices:
+    input:
+        [str(choice.unit.main) for choice in PLAN.choices],
+    output:
+        COMPARISON / "choices.json",
+    log:
+        f"logs/choices/{PLAN.name}.log",
+    localrule: True
+    params:
+        chosen=[choice.unit.id for choice in PLAN.choices],
+    run:
+        write_json(Path(output[0]), {"chosen": params.chosen})
+
+
 # What the tables are about: too long for a command line.
 rule grid:
+    input:
+        *[confirmed(choice) for choice in PLAN.choices],
+        choices=CHOICES,
     output:
         COMPARISON / "grid.json",
     log:
         f"logs/grid/{PLAN.name}.log",
     localrule: True
     params:
-        spec=spec_id(PLAN.grid()),
+        spec=lambda wildcards, input: spec_id(PLAN.grid()),
     run:
         write_json(Path(output[0]), PLAN.grid())
 
 
 rule compare:
     input:
+        *[confirmed(choice) for choice in PLAN.choices],
         grid=COMPARISON / "grid.json",
-        scores=[str(unit.main) for unit in PLAN.of("score")],
-        runs=[str(unit.main) for unit in PLAN.of("train")],
+        choices=CHOICES,
+        scores=[str(one.main) for cell in PLAN.settled for one in cell.scores.values()],
+        runs=[str(cell.units["train"].main) for cell in PLAN.settled if not cell.base],
         overlaps=[str(unit.main) for unit in PLAN.of("overlap")],
         published=[relative(path) for path in PLAN.published()],
         code=[relative(path) for path in stage_files("compare", {})],
