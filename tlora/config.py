@@ -144,6 +144,7 @@ class Tune(Strict):
 class Preset(Strict):
     """A grid: models x tasks x methods x seeds; or several of them."""
 
+    extends: str | None = Field(None, description="a preset beside this one; keys here win")
     models: list[str] = Field([], min_length=1)
     tasks: list[str] = Field([], min_length=1)
     methods: list[str] = Field([], min_length=1)
@@ -482,7 +483,7 @@ def read_preset(files: list[Path], command_line: Mapping[str, Any]) -> tuple[Pre
     command_line
         `--config key=value` pairs.
     """
-    documents = [read_yaml(_from_here(Path(path))) for path in files]
+    documents = [one for path in files for one in _with_bases(_from_here(Path(path)))]
     values: dict[str, Any] = {}
     places: dict[tuple, str] = {}
     for document in documents:
@@ -492,6 +493,23 @@ def read_preset(files: list[Path], command_line: Mapping[str, Any]) -> tuple[Pre
     document = Document(documents[-1].path, values, places)
     document = document.placed({(key,): "--config" for key in command_line})
     return parse(document, Preset), document
+
+
+def _with_bases(path: Path) -> list[Document]:
+    """Read a preset and what it extends, the latter first."""
+    found: list[Document] = []
+    while True:
+        document = read_yaml(path)
+        found.insert(0, document)
+        name = document.values.get("extends")
+        if name is None:
+            return found
+        path = path.parent / f"{name}.yaml"
+        asked = f"{document.where(('extends',))}: extends: {name!r}"
+        if not path.is_file():
+            raise UserError(f"{asked}: no preset {path}")
+        if path in [one.path for one in found]:
+            raise UserError(f"{asked}: extends itself")
 
 
 def _parsed(value: Any, inner: bool = False) -> Any:

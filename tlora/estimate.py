@@ -122,6 +122,8 @@ class Estimate:
         How many results of each stage stood in for assumptions.
     assumptions
         What was assumed.
+    choices
+        How many choices trials have not yet made.
     """
 
     rows: list[Row]
@@ -129,6 +131,7 @@ class Estimate:
     peak: float
     measured: dict[str, int]
     assumptions: Assumptions
+    choices: int = 0
 
 
 def cached(item: Mapping[str, Any]) -> bool:
@@ -302,6 +305,8 @@ class _Estimator:
         return found, found * min(self.assumed.tokens_per_sample, spec["max_length"])
 
     def _records(self, source: str, data: dict, split: str, place: Mapping[str, Any]) -> float:
+        if split == "validation":
+            return data["validation"]
         found = rows(source, data, split, place.get("data_root"))
         if found is None:
             return self.assumed.test_rows if split == "test" else self.assumed.train_rows
@@ -309,7 +314,8 @@ class _Estimator:
 
     def _completions(self, generate: Unit) -> float:
         benchmark = generate.spec["benchmark"]
-        found = self._records(benchmark["source"], benchmark["data"], "test", generate.place)
+        split = benchmark.get("split", "test")
+        found = self._records(benchmark["source"], benchmark["data"], split, generate.place)
         return min(found, benchmark.get("limit") or found)
 
     def _taken(self, unit: Unit) -> float | None:
@@ -477,6 +483,10 @@ def estimate(plan: Plan, assumptions: Assumptions) -> Estimate:
     """
     from tlora.plan import MAIN
 
+    # What follows from trials that are not done costs the same whichever of them wins.
+    open_choices = [choice for choice in plan.choices if not choice.cells]
+    for choice in open_choices:
+        plan.confirm(choice, choice.trials[0].trial)
     estimator = _Estimator(plan, assumptions)
     stages = {stage: Row(stage) for stage in MAIN}
     for unit in plan.units.values():
@@ -490,7 +500,7 @@ def estimate(plan: Plan, assumptions: Assumptions) -> Estimate:
     temporary = sorted((size for row in found for size in row.temporary), reverse=True)
     peak = kept + sum(temporary[: assumptions.jobs])
     measured = {stage: count for stage, count in estimator.measured.items() if count}
-    return Estimate(found, kept, peak, measured, assumptions)
+    return Estimate(found, kept, peak, measured, assumptions, len(open_choices))
 
 
 def table(found: Estimate) -> str:
@@ -530,6 +540,11 @@ def table(found: Estimate) -> str:
         names = {"prepare": "data cards", "train": "training runs", "generate": "generations"}
         said = ", ".join(f"{count} {names[stage]}" for stage, count in found.measured.items())
         text += [f"Taken from results that are there: {said}."]
+    if found.choices:
+        text.append(
+            f"Choices that trials have yet to make: {found.choices}. The runs that follow them are "
+            "counted with the first trial's values."
+        )
     text += [
         "",
         "Assumed, N parameters of the model, A trained ones:",

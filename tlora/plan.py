@@ -427,10 +427,10 @@ class Plan(Selection):
                 # Carved from the training data, never the test set.
                 own, at = self.tasks[task]
                 data, files = self._data("tasks", task, own, at, [VALIDATION])
-                split = {"split": VALIDATION}
+                split, read = {"split": VALIDATION}, VALIDATION
             else:
                 data, files = self._data("benchmarks", name, benchmark, document, ["test"])
-                split = {}
+                split, read = {}, "test"
             scorer = Scorer(
                 module_of(document, "implementation", "benchmarks", benchmark.implementation)
             )
@@ -459,7 +459,10 @@ class Plan(Selection):
                     "data_root": self.preset.data_root,
                     "server": self.preset.server if backend == "vllm" else None,
                 },
-                [*self._fetched_model(model), *self._fetched("benchmarks", benchmark, data)],
+                [
+                    *self._fetched_model(model),
+                    *self._fetched("benchmarks", benchmark, data, (read,)),
+                ],
             )
             scores[name] = self._unit(
                 "score",

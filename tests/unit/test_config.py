@@ -258,6 +258,26 @@ def test_later_presets_and_the_command_line_replace() -> None:
     assert document.where(("set", "epochs")) == "--config"
 
 
+def test_a_preset_may_extend_another() -> None:
+    """What it leaves out is the other's, with the other's lines; a circle and a gap are named."""
+    library()
+    write("config/below.yaml", PRESET + "set: {rank: 2, epochs: 2}\n")
+    above = write("config/above.yaml", "extends: below\nseeds: [3]\nset: {rank: 4}\n")
+    preset, document = read_preset([above], {})
+    assert (preset.models, preset.seeds) == (["tiny"], [3])
+    assert preset.set == {"rank": 4, "epochs": 2}
+    assert document.where(("models",)) == "config/below.yaml:1"
+    assert document.path == above
+    write("config/below.yaml", PRESET + "extends: above\n")
+    assert message(read_preset, [above], {}) == (
+        "config/below.yaml:5: extends: 'above': extends itself"
+    )
+    write("config/below.yaml", PRESET + "extends: nothing\n")
+    assert message(read_preset, [above], {}) == (
+        "config/below.yaml:5: extends: 'nothing': no preset config/nothing.yaml"
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import shutil
@@ -269,6 +270,23 @@ def test_local_records_are_counted(here: Path) -> None:
     assert rows("gsm8k", {}, "test", str(here / "data")) == 3
 
 
+def test_runs_that_follow_trials_are_counted() -> None:
+    """Before the choice with the first trial's values, after it with the winner's."""
+    plain = of(estimate(plan("lora", seeds=[1, 2]), Assumptions()), "train")
+    tune = {"grid": {"learning_rate": [0.1, 0.01, 0.001]}}
+    found = estimate(plan("lora", seeds=[1, 2], tune=tune), Assumptions())
+    assert (of(found, "train").todo, of(found, "choose").todo) == (2 + 3, 1)
+    assert of(found, "train").cost.gpu == pytest.approx(plain.cost.gpu * 5 / 2)
+    assert found.choices == 1 and "have yet to make: 1." in table(found)
+    # The validation split has 2 records, the test set 5; the base model is asked once.
+    assert of(found, "generate").todo == 1 + 2 + 3
+
+    planned = plan("lora", seeds=[1, 2], tune=tune)
+    made(planned.choices[0].unit, chosen={"settings": {"learning_rate": 0.01}})
+    after = estimate(plan("lora", seeds=[1, 2], tune=tune), Assumptions())
+    assert (of(after, "train").todo, of(after, "choose").done, after.choices) == (5, 1, 0)
+
+
 def test_the_table_names_every_stage_and_every_assumption(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -295,21 +313,47 @@ def test_a_number_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "tlora: error: --tflops: -1.0: expected a number above 0\n"
 
 
+def local_data(folder: Path) -> Path:
+    """Write what the paper's presets read from disk: a record each, in place of thousands."""
+    labels = {"instruction": "?", "input": "", "output": "true", "answer": "true"}
+    sets = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande")
+    for name in (*sets, "ARC-Easy", "ARC-Challenge", "openbookqa"):
+        path = folder / "commonsense" / name / "test.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps([labels]))
+    (folder / "commonsense/commonsense_170k.json").write_text(json.dumps([labels]))
+    for name in ("humaneval/HumanEvalPlus-v0.1.10", "mbpp/MbppPlus-v0.2.0"):
+        path = folder / f"{name}.jsonl.gz"
+        path.parent.mkdir()
+        with gzip.open(path, "wt") as file:
+            file.write("{}\n")
+    (folder / "mtbench/reference_answer").mkdir(parents=True)
+    for name in ("question", "judge_prompts", "reference_answer/gpt-4"):
+        (folder / f"mtbench/{name}.jsonl").write_text("{}\n")
+    return folder
+
+
 @pytest.mark.slow
-def test_the_papers_preset_takes_less_than_a_minute(here: Path) -> None:
+@pytest.mark.parametrize("name", ["paper", "paper_tuned"])
+def test_the_papers_presets_take_less_than_a_minute(here: Path, name: str) -> None:
     """Of a processor's time: this machine may be busy."""
     shutil.rmtree("config")
     shutil.copytree(ROOT / "config", "config")
+    root = local_data(here / "data")
     code = (
         "import resource, sys; from tlora import cli\n"
-        "status = cli.main(['plan', 'config/paper.yaml'])\n"
+        f"words = ['plan', 'config/{name}.yaml', '--config', 'data_root={root}']\n"
+        "status = cli.main(words)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)\n"
         "sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
-    if "in data_root or in ./data" in done.stderr or "no such folder" in done.stderr:
-        pytest.skip(f"the preset needs local data: {done.stderr.splitlines()[0]}")
     assert done.returncode == 0, done.stderr
     assert float(done.stderr.split()[-1]) < 60
-    total = next(line for line in done.stdout.splitlines() if line.startswith("total"))
-    assert int(total.split()[1].replace(",", "")) > 1000
+    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    jobs = {stage: int(lines[stage][1].replace(",", "")) for stage in ("train", "total")}
+    tuned = name == "paper_tuned"
+    # 136 runs; tuned each has five trials and three seeds.
+    assert jobs["train"] == 136 * (8 if tuned else 1)
+    assert jobs["total"] > 1000
+    assert ("have yet to make" in done.stdout) == tuned

@@ -4,6 +4,7 @@ GENERATE = pattern("generate", "model", "task", "method", "benchmark")
 rule generate:
     input:
         export=artefact("generate", "export"),
+        prepare=artefact("generate", "prepare"),
         after=ancient(after("generate")),
         code=code("generate"),
     output:
