@@ -34,6 +34,7 @@ STAGES = {
     "score": "judge completions: tlora score BENCHMARK generations.jsonl --out score.json",
     "choose": "pick the best of a method's trials",
     "compare": "build a preset's tables and plots",
+    "index": "build a preset's page, down to single completions",
     "track": "make MLflow equal to the files",
     "tiny_base": "make the embedded base model",
 }

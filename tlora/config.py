@@ -158,6 +158,7 @@ class Preset(Strict):
     vary: list[dict[str, Any]] = Field([], description="{methods: [...], key: [values]}")
     set: dict[str, Any] = Field({}, description="set in every cell; wins over all else")
     tune: Tune | None = Field(None, description="{grid, methods, seed, limit}")
+    strict: bool = Field(False, description="refuse tables whose rows are not comparable")
     baseline: str = Field("lora", description="the method that all others are compared with")
     data_root: str | None = Field(None, description="folder with the data, instead of the hub")
     backend: Literal["transformers", "vllm"] = Field("transformers", description="generates")

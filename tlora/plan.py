@@ -583,6 +583,7 @@ class Plan(Selection):
         return {
             "preset": self.name,
             "baseline": self.preset.baseline,
+            "strict": self.preset.strict,
             "cells": [self._grid_cell(cell) for cell in self.cells],
             "choices": [
                 {
@@ -627,6 +628,7 @@ class Plan(Selection):
             "spec_id": evaluated.id if cell.base else units["train"].id,
             "train": None if cell.base else str(units["train"].main),
             "export": None if cell.base else str(units["export"].main),
+            "check": None if cell.base else str(units["check"].main),
             "costs": [str(unit.main) for unit in chain],
             "allocation": str(units["allocate"].main) if "allocate" in units else None,
             "scores": {name: str(unit.main) for name, unit in cell.scores.items()},
@@ -634,6 +636,20 @@ class Plan(Selection):
                 name: str(unit.folder / "generate.json") for name, unit in cell.generates.items()
             },
             "card": None if cell.base else str(units["prepare"].main),
+            "recipe": self._recipe(cell),
+        }
+
+    def _recipe(self, cell: Cell) -> dict[str, Any]:
+        """Return what a run is made with: specs, and the settings that differ on purpose."""
+        after = ("export", "check")
+        own = self.preset.hyperparameters == "own" and not cell.base
+        training = self.methods[cell.row.method][0].training if own else {}
+        return {
+            **{name: unit.spec for name, unit in cell.units.items() if name not in after},
+            "generate": {name: unit.spec for name, unit in cell.generates.items()},
+            "score": {name: unit.spec for name, unit in cell.scores.items()},
+            "own": sorted(training),
+            "varied": sorted(cell.row.varied),
         }
 
     def of(self, stage: str) -> list[Unit]:

@@ -22,9 +22,9 @@ from tlora.errors import UserError
 # Stages of a cell, each with a spec; then those of a preset, whose spec is the grid.
 CELL = (
     *("download", "prepare", "overlap", "calibrate", "allocate", "initialize", "train"),
-    *("export", "check", "generate", "score"),
+    *("export", "check", "generate", "score", "choose"),
 )
-PRESET = ("compare", "track")
+PRESET = ("compare", "index", "track")
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_one_word_per_stage(root: Path, word: str) -> None:
     assert list(inspect.signature(function).parameters) == ["spec", "inputs", "out", "place"]
     assert word in cli.STAGES
     rules = "\n".join(path.read_text() for path in (root / "workflow/rules").glob("*.smk"))
-    (body,) = re.findall(rf"^rule {word}:\n((?:[ \n].*\n?)+)", rules, re.MULTILINE)
+    (body,) = re.findall(rf"^(?:rule|checkpoint) {word}:\n((?:[ \n].*\n?)+)", rules, re.MULTILINE)
     assert f'"tlora {word} ' in body
     if word in CELL:
         assert dataclasses.is_dataclass(getattr(spec, word.capitalize()))

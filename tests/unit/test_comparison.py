@@ -8,7 +8,6 @@ import math
 import random
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,9 +17,9 @@ from statistics import NormalDist, mean, stdev
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.grid_tree import PROJECTIONS, labels_of, make_grid, write
+from unit.grid_tree import labels_of, make_grid
 
-from tlora.comparison import collect, plots, statistics, tables
+from tlora.comparison import collect, statistics, tables
 from tlora.errors import UserError
 from tlora.stages.compare import compare
 
@@ -222,7 +221,8 @@ def test_rows_with_one_method_but_other_settings(here: Path) -> None:
     edit(grid, vary)
     folder = run(grid)
     assert [row["label"] for row in rows_of(folder)] == ["Base model", "TLoRA", "TLoRA, 16 samples"]
-    assert len(list((folder / "plots/choice").glob("ranks__*"))) == 2
+    # they share an allocation, and its picture
+    assert len(list((folder / "plots/choice").glob("ranks__*.png"))) == 1
     edit(grid, lambda content: [c.update(label="TLoRA") for c in content["cells"] if c["seed"]])
     with pytest.raises(UserError, match="seed 1: expected one run a seed"):
         run(grid)
@@ -475,80 +475,7 @@ def test_html_is_self_contained_and_accessible(demo: Path) -> None:
     assert "0a" * 32 in text  # the whole checksum of the data
 
 
-# ---------------------------------------------------------------- plots
-
-
-def test_every_plot_is_written(demo: Path) -> None:
-    found = sorted(p.relative_to(demo / "plots").as_posix() for p in demo.glob("plots/*/*.png"))
-    assert found == [
-        "arithmetic/accuracy-arithmetic_test__tiny__all.png",
-        "arithmetic/loss__tiny__all.png",
-        "arithmetic/ranks__tiny__tlora.png",
-        "choice/accuracy-choice_test__tiny__all.png",
-        "choice/loss__tiny__all.png",
-        "choice/ranks__tiny__tlora.png",
-    ]
-    for name in found:
-        data = (demo / "plots" / name).read_bytes()
-        width, height = struct.unpack(">II", data[16:24])
-        assert data[:8] == b"\x89PNG\r\n\x1a\n" and width > 800 and height > 200
-
-
-def test_smoothing_is_centred_and_keeps_lines() -> None:
-    line = [float(value) for value in range(10)]
-    assert plots.smooth(line, 5) == line
-    assert plots.smooth([0.0, 3.0, 0.0], 3) == [0.0, 1.0, 0.0]
-
-
-def test_mean_curve_uses_the_steps_that_all_seeds_have() -> None:
-    curves = [([1, 2, 3], [1.0, 2.0, 3.0]), ([2, 3, 4], [4.0, 5.0, 6.0])]
-    assert plots.mean_curve(curves) == ([2, 3], [3.0, 4.0])
-
-
-@given(st.lists(st.sampled_from([10.0, 10.2, 500.0]), min_size=1, max_size=14))
-def test_dodging_separates_without_going_far(values: list[float]) -> None:
-    moved = plots.dodge(values)
-    assert len(set(moved)) == len(moved)
-    assert all(1 / 1.3 < new / old < 1.3 for new, old in zip(moved, values, strict=True))
-
-
-def test_ranks_by_layer_and_projection() -> None:
-    modules = {
-        f"model.layers.{layer}.{name}": layer + place
-        for layer in (0, 2, 10)
-        for place, name in enumerate(PROJECTIONS)
-    }
-    modules["lm_head"] = 5
-    layers, projections, values = plots.rank_grid(modules)
-    assert layers == ["0", "2", "10", "other"]
-    assert projections == [*(name.split(".")[1] for name in PROJECTIONS), "lm_head"]
-    assert values[2][:7] == [10, 11, 12, 13, 14, 15, 16] and values[2][7] is None
-    assert values[3] == [None] * 7 + [5]
-
-
-def test_ranks_of_an_encoder_and_decoder() -> None:
-    modules = {
-        "encoder.block.0.layer.0.SelfAttention.q": 1,
-        "decoder.block.0.layer.0.SelfAttention.q": 2,
-        "decoder.block.0.layer.1.EncDecAttention.q": 3,
-        "decoder.block.0.layer.2.DenseReluDense.wi": 4,
-    }
-    layers, projections, values = plots.rank_grid(modules)
-    assert layers == ["decoder 0", "encoder 0"]
-    assert projections == ["SelfAttention.q", "EncDecAttention.q", "DenseReluDense.wi"]
-    assert values == [[2, 3, 4], [1, None, None]]
-
-
-def test_ranks_of_varying_calibrations_are_averaged(tmp_path: Path) -> None:
-    runs = []
-    for seed, rank in ((1, 4), (2, 7)):
-        path = tmp_path / str(seed) / "allocation.json"
-        write(path, {"modules": {"layers.0.q": {"rank": rank}}})
-        cell = {"model": "m", "task": "t", "method": "tlora", "seed": seed, "spec_id": str(seed)}
-        cell |= {"scores": {}, "allocation": str(path), "train": None}
-        runs.append(collect.load_run(cell, []))
-    row = collect.Row("m", "t", "tlora", "TLoRA", False, tuple(runs))
-    assert plots.mean_ranks(row) == ({"layers.0.q": 5.5}, 2)
+# ---------------------------------------------------------------- what else
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -35,7 +35,9 @@ STAGES = {
     "check",
     "generate",
     "score",
+    "choose",
     "compare",
+    "index",
     "track",
 }
 PURE = ("config", "spec", "allocation", "code", "artefact", "errors", "progress", "cli")

@@ -120,7 +120,7 @@ def run_of(method: str, task: str = "arithmetic", benchmarks: Iterable[str] = ()
 
 
 # What is announced when the tables are built again, and when the grid itself is another.
-TABLES = ["compare", "track", "all"]
+TABLES = ["compare", "index", "track", "all"]
 GRID = ["grid", *TABLES]
 
 

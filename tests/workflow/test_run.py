@@ -201,7 +201,7 @@ def test_profile_for_slurm(fresh: Project) -> None:
     """`--profile slurm` finds the profile and plans the same jobs."""
     output = fresh.snakemake("--cores", "all", "--profile", "slurm", "--dry-run")
     assert "slurm" in output
-    assert "total            32" in output
+    assert "total            33" in output
 
 
 def test_report_has_categories_and_captions(checkout: Project) -> None:
@@ -249,7 +249,7 @@ def test_every_job_names_the_sources_it_loads(finished: Project, jobs: dict[str,
         before |= loaded[rule]
         idle = listed[rule] - before - BRANCHES.get(rule, set())
         assert not idle, f"{rule} lists what none of its jobs loads"
-    for rule in ("generate", "score", "compare", "track"):
+    for rule in ("generate", "score", "compare", "index", "track"):
         assert listed[rule] == loaded[rule], rule
 
 

@@ -78,6 +78,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, root):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tlora"}
     sources = {p.relative_to(root).as_posix() for p in (root / "tlora").rglob("*.py")}
     assert sources <= names
+    assets = {p.relative_to(root).as_posix() for p in (root / "tlora/comparison/assets").iterdir()}
+    assert assets and assets <= names
 
 
 def test_three_lines_in_a_clean_environment(wheel, tmp_path):

@@ -65,6 +65,13 @@ class Run:
         export.json, with weights/ beside it; None for the base model.
     generations
         generations.jsonl by benchmark, as far as there.
+    recipe
+        What the run is made with: the specs of its units by name, under "generate" and "score" by
+        benchmark; and the settings that differ on purpose, "own" and "varied".
+    card
+        The data card of `prepare`; {} for the base model and where it is absent.
+    jobs
+        Seconds of the distinct jobs before training, by the path of their artefacts.
     """
 
     model: str
@@ -86,6 +93,9 @@ class Run:
     failures: dict[str, str]
     export_path: Path | None = None
     generations: dict[str, Path] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    jobs: dict[str, float] = field(default_factory=dict)
 
     def failure(self, benchmark: str) -> str | None:
         """Return why there is no number for `benchmark`, None where there is one."""
@@ -352,10 +362,10 @@ def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
         name: Path(path).with_name("generations.jsonl")
         for name, path in cell.get("generations", {}).items()
     }
-    costs = [_optional(Path(path)) for path in dict.fromkeys(cell.get("costs", []))]
-    known = [cost for cost in costs if cost is not None]
+    costs = {path: _optional(Path(path)) for path in cell.get("costs", [])}
+    known = [cost for cost in costs.values() if cost is not None]
+    jobs = {path: float(cost.get("seconds", 0.0)) for path, cost in costs.items() if cost}
     memory = [int(cost["peak_memory_bytes"]) for cost in known if cost.get("peak_memory_bytes")]
-    seconds = math.fsum(cost.get("seconds", 0.0) for cost in known)
     allocation = Path(cell["allocation"]) if cell.get("allocation") else None
     return Run(
         model=cell["model"],
@@ -366,7 +376,7 @@ def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
         seed=cell.get("seed"),
         spec_id=cell["spec_id"],
         settings=cell.get("settings", {}),
-        initialization_seconds=None if base else seconds,
+        initialization_seconds=None if base else math.fsum(jobs.values()),
         initialization_memory=max(memory, default=None),
         training=training,
         train_path=train_path,
@@ -375,6 +385,9 @@ def load_run(cell: dict[str, Any], benchmarks: list[str]) -> Run:
         scores=scores,
         evaluation={name: cost for name, cost in generations.items() if cost is not None},
         failures=failures,
+        jobs=jobs,
+        recipe=cell.get("recipe", {}),
+        card=(_optional(Path(cell["card"])) if cell.get("card") else None) or {},
         export_path=Path(cell["export"]) if cell.get("export") else None,
         generations={name: path for name, path in completions.items() if path.is_file()},
     )

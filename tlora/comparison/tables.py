@@ -6,8 +6,11 @@ inputs give equal bytes.
 Columns of table.csv
 --------------------
 One row per model, task and method. `seeds`: runs with a seed that did not fail; `failed`: runs
-without some number; `baseline`: 1 for the row that the others are compared with. For every
-benchmark B:
+without some number; `baseline`: 1 for the row that the others are compared with;
+`not_comparable`: what differs from the other rows though nobody asked for it; `by_design`: what
+differs on purpose (`tlora.comparison.fingerprint`); `trials`: how many the tuning had; `tuned`: the
+values that they chose, and `tuned_edges`: which of these are the "lower" or "upper" end of what was
+tried, both as JSON. For every benchmark B:
 
 - `B_mean_percent`, `B_std_percent` (sample standard deviation over seeds), `B_ci95_percent` (95 %
   half-width over seeds and items), `B_bootstrap_low_percent`, `B_bootstrap_high_percent` (95 %
@@ -28,7 +31,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
+import re
 import textwrap
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +43,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tlora.comparison.collect import Comparison, Row, Section
+from tlora.comparison import fingerprint
+from tlora.comparison.collect import Choice, Comparison, Row, Section
 from tlora.comparison.published import NOTHING_PUBLISHED, Ledger
 from tlora.comparison.statistics import (
     Analysis,
@@ -57,10 +65,16 @@ WIDTH = 120
 TEX_WIDTH = 84
 """Letters of a LaTeX table's line: what fits the default text width in footnote size."""
 
+TEX_LINES = 46
+"""Lines of tables that one page of LaTeX holds, with a caption and some warnings."""
+
 DASH = "–"
 
 BASELINE = "lora"
 """The method that all others are compared with, where a table has it."""
+
+DRAWS = 1000
+"""Resamples of the bootstrap."""
 
 MARKS = {"best": "* ", "tie": "= "}
 """What stands before a number."""
@@ -92,7 +106,9 @@ def records(comparison: Comparison, baseline: str = BASELINE) -> list[Record]:
     `baseline` is the name of the method that all others of its table are compared with.
     """
     return [
-        record for section in comparison.sections for record in _section_records(section, baseline)
+        record
+        for section in comparison.sections
+        for record in _section_records(section, baseline, comparison.labels)
     ]
 
 
@@ -121,16 +137,19 @@ def verdicts(section: Section, benchmark: str) -> dict[str, NDArray[np.float64]]
     }
 
 
-def _section_records(section: Section, baseline: str) -> list[Record]:
+def _section_records(section: Section, baseline: str, labels: Mapping[str, str]) -> list[Record]:
+    unlike = fingerprint.differences(section, baseline, labels)
     methods = [row.method for row in section.rows]
     compared = str(methods.index(baseline)) if baseline in methods else None
     bases = [str(place) for place, row in enumerate(section.rows) if row.base]
     samples = {name: verdicts(section, name) for name in section.benchmarks}
     analyses = analyse(samples, compared, bases)
-    intervals = {name: bootstrap_intervals(found) for name, found in samples.items()}
+    intervals = {name: bootstrap_intervals(found, DRAWS) for name, found in samples.items()}
     found = []
     for place, row in enumerate(section.rows):
         record = _identity(row) | {"baseline": int(str(place) == compared)}
+        record["not_comparable"], record["by_design"] = fingerprint.footnotes(unlike, place)
+        record |= _tuned(row.choice)
         record["trainable_parameters"] = row.trainable_parameters
         for name in section.benchmarks:
             record |= _benchmark_record(section, row, name)
@@ -150,6 +169,16 @@ def _identity(row: Row) -> Record:
         "runs": len(row.runs),
         "seeds": len(row.seeds),
         "failed": row.failed(),
+    }
+
+
+def _tuned(choice: Choice | None) -> Record:
+    if choice is None:
+        return {"trials": None, "tuned": "", "tuned_edges": ""}
+    return {
+        "trials": len(choice.tried),
+        "tuned": json.dumps(choice.tried[choice.winner], sort_keys=True),
+        "tuned_edges": json.dumps(choice.edges, sort_keys=True),
     }
 
 
@@ -253,8 +282,9 @@ def main_columns(found: list[Record], benchmarks: dict[str, str], details: bool)
         every benchmark.
     """
     columns = [
-        Column("Method", "", tuple(r["label"] for r in found), numeric=False),
+        Column("Method", "", tuple(_marked(found)), numeric=False),
         Column("Seeds", "", tuple(DASH if r["base"] else str(r["seeds"]) for r in found)),
+        *_tuned_columns(found),
         Column("Trainable", "parameters", _cells(found, "trainable_parameters", "{:,.0f}")),
     ]
     for name, label in benchmarks.items():
@@ -276,6 +306,78 @@ def main_columns(found: list[Record], benchmarks: dict[str, str], details: bool)
         Column("Speed", "tokens/s", _cells(found, "tokens_per_second", "{:,.0f}")),
         Column("Memory", size_unit, _cells(found, "peak_memory_bytes", form, size)),
     ]
+
+
+def _marked(found: list[Record]) -> list[str]:
+    """Return the rows' labels, with a letter where a row is not comparable."""
+    numbers = iter(range(len(found)))
+    return [
+        f"{record['label']} [{_letter(next(numbers))}]"
+        if record["not_comparable"]
+        else record["label"]
+        for record in found
+    ]
+
+
+def _letter(number: int) -> str:
+    above, rest = divmod(number, 26)
+    return (_letter(above - 1) if above else "") + chr(ord("a") + rest)
+
+
+def _tuned_columns(found: list[Record]) -> list[Column]:
+    """Return one column for every setting that trials chose; "!" stands at the edge of a grid."""
+    chosen = [json.loads(record["tuned"] or "{}") for record in found]
+    edges = [json.loads(record["tuned_edges"] or "{}") for record in found]
+    return [
+        Column(
+            key.replace("_", " ").capitalize(),
+            "tuned",
+            tuple(
+                plain(values[key]) + (" !" if key in at else "") if key in values else DASH
+                for values, at in zip(chosen, edges, strict=True)
+            ),
+        )
+        for key in dict.fromkeys(key for values in chosen for key in values)
+    ]
+
+
+def plain(value: Any) -> str:
+    """Return a value as YAML has it; a number that YAML takes for one.
+
+    >>> plain(3e-05), plain(0.25), plain(16), plain("cosine")
+    ('3.0e-5', '0.25', '16', 'cosine')
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, int) or value == 0 or 0.1 <= abs(value) < 1e4:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    digits, _, power = f"{value:e}".partition("e")
+    digits = digits.rstrip("0")
+    return f"{digits}{'0' if digits.endswith('.') else ''}e{int(power):+d}"
+
+
+def beyond(values: Sequence[Any], side: str) -> Any:
+    """Return the next value of a grid below ("lower") or above ("upper") all that it has.
+
+    It goes on as the grid does: 1e-3, 3e-3, 1e-2 with 3e-2. None where that is no positive number,
+    or nothing new.
+
+    >>> beyond([0.003, 0.01, 0.03], "upper"), beyond([8, 16], "lower"), beyond(["linear"], "upper")
+    (0.1, 4, None)
+    """
+    numbers = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool)})
+    if len(numbers) < 2 or len(numbers) < len(set(map(str, values))) or numbers[0] <= 0:
+        return None
+    inward = numbers if side == "lower" else numbers[::-1]
+    # the step over two values, so that 1, 3, 10 goes on with 30 and not with 33
+    after = inward[1] * inward[0] / inward[2] if len(inward) > 2 else inward[0] ** 2 / inward[1]
+    rounded = float(f"{after:.1e}")
+    near = float(f"{after:.0e}")
+    rounded = near if math.isclose(near, after, rel_tol=0.1) and near not in numbers else rounded
+    if all(isinstance(number, int) for number in numbers):
+        rounded = round(after)
+    new = rounded < numbers[0] if side == "lower" else rounded > numbers[-1]
+    return rounded if new and rounded > 0 else None
 
 
 def detail_columns(section: Section, found: list[Record], labels: dict[str, str]) -> list[Column]:
@@ -471,6 +573,8 @@ def notes(
         )
     if any(row.base for row in section.rows):
         lines.append("The first row is the base model, untrained: one run, no seed, not compared.")
+    lines += _comparable_notes(section, found, labels)
+    lines += _tuning_notes(section)
     lines += _test_notes(section, found, labels)
     lines += _item_notes(section, labels)
     lines.append(
@@ -489,6 +593,85 @@ def notes(
             f"{labels.get(name, name)}: of {found['n']:,} test records {found['exact']:,} stand in "
             f"the training data, {found['ngram13']:,} share 13 words in a row with it."
         )
+    return lines
+
+
+def _comparable_notes(section: Section, found: list[Record], labels: dict[str, str]) -> list[str]:
+    """Say in what rows differ: unasked for, on purpose, and by nature."""
+    against = next((record["method"] for record in found if record["baseline"]), None)
+    marked = [
+        (shown, record)
+        for shown, record in zip(_marked(found), found, strict=True)
+        if record["not_comparable"]
+    ]
+    lines = [
+        f"WARNING: {shown}: not comparable: {record['not_comparable']}." for shown, record in marked
+    ]
+    if sum(not record["base"] for record in found) > 1:
+        lines.append(
+            f"{'But for that all' if marked else 'All'} rows agree, where nothing else is said, in "
+            f"{fingerprint.compared(section)} (fingerprints.json)."
+        )
+    meant = [f"{r['label']}: {r['by_design']}" for r in found if r["by_design"]]
+    lines += [f"On purpose: {'; '.join(meant)}."] if meant else []
+    return lines + fingerprint.remarks(section, labels, against)
+
+
+def _tuning_notes(section: Section) -> list[str]:
+    """Say what was tried for which method, and where a grid was too narrow."""
+    trained = [row for row in section.rows if not row.base]
+    tuned = [(row, row.choice) for row in trained if row.choice is not None]
+    if not tuned:
+        return ["Nothing was tuned: a method's best settings may be others."] if trained else []
+    alike: dict[str, list[Row]] = {}
+    for row, choice in tuned:
+        alike.setdefault(f"{tried_values(choice)}: {len(choice.tried)} trials", []).append(row)
+    lines = []
+    for text, rows in alike.items():
+        who = "every method" if len(rows) == len(trained) else ", ".join(row.label for row in rows)
+        lines.append(f"Tuned for {who} over {text} each, {tuned_by(rows[0])}.")
+    seconds = [
+        math.fsum((t.training or {}).get("train_seconds", 0.0) for t in choice.trials)
+        for _, choice in tuned
+    ]
+    lines.append(
+        f"The trials of a method trained {min(seconds):,.1f} to {max(seconds):,.1f} s in all; the "
+        "columns of costs do not contain them."
+    )
+    for row, choice in tuned:
+        failed = sum(value is None for value in choice.values)
+        if failed:
+            lines.append(f"WARNING: {row.label}: {failed} of {len(choice.tried)} trials failed.")
+        lines += [f"WARNING: !: {row.label}: {line}." for line in edge_lines(choice)]
+    return lines
+
+
+def tried_values(choice: Choice) -> str:
+    """Return what a method's trials had: `learning_rate 1.0e-3, 3.0e-3`."""
+    tried = {key: [plain(one[key]) for one in choice.tried] for key in choice.tried[0]}
+    return " x ".join(f"{key} {', '.join(dict.fromkeys(all_))}" for key, all_ in tried.items())
+
+
+def tuned_by(row: Row) -> str:
+    """Return how a row's trials were compared."""
+    budget = fingerprint.tuning(row)
+    seeds = ", ".join(map(str, budget["seed"]))
+    items = f" of {budget['items']:,} items" if budget["items"] else ""
+    return (
+        f"one seed ({seeds}), compared by {budget['metric']} on the validation split{items}, never "
+        "on test items"
+    )
+
+
+def edge_lines(choice: Choice) -> list[str]:
+    """Return what to add to the grid where the chosen value is the lowest or highest tried."""
+    lines = []
+    for key, side in choice.edges.items():
+        values = [tried[key] for tried in choice.tried]
+        end = "highest" if side == "upper" else "lowest"
+        further = beyond(values, side)
+        add = "" if further is None else f": add {plain(further)}"
+        lines.append(f"{key} {plain(choice.tried[choice.winner][key])} is the {end} tried{add}")
     return lines
 
 
@@ -615,22 +798,22 @@ def to_markdown(
     Every section has its table, the table of its benchmarks and footnotes; then follow the ranks
     over all benchmarks, and published numbers beside ours where there are any.
     """
-    lines = [f"# Comparison: {_md(comparison.preset)}", ""]
+    lines = [f"# Comparison: {md(comparison.preset)}", ""]
     for section, mine in split(comparison, found):
         labels = {name: comparison.labels[name] for name in section.benchmarks}
-        lines += [f"## {_md(section.title)}", ""]
-        lines += _markdown_table(main_columns(mine, labels, details=False))
+        lines += [f"## {md(section.title)}", ""]
+        lines += markdown_table(main_columns(mine, labels, details=False))
         lines += ["", "### Per benchmark", ""]
-        lines += _markdown_table(detail_columns(section, mine, labels))
-        lines += ["", *(f"- {_md(note)}" for note in notes(section, mine, labels)), ""]
+        lines += markdown_table(detail_columns(section, mine, labels))
+        lines += ["", *(f"- {md(note)}" for note in notes(section, mine, labels)), ""]
     ranks = rank_columns(found, comparison.labels)
     if ranks:
-        lines += ["## Ranks", "", *_markdown_table(ranks), ""]
+        lines += ["## Ranks", "", *markdown_table(ranks), ""]
     if published.rows:
         lines += ["## Published numbers", ""]
-        lines += _markdown_table(published_columns(published.rows, comparison.labels))
-        lines += ["", f"- {_md(PUBLISHED_NOTE)}"]
-        lines += [*(f"- {doubt.kind}: {_md(doubt.text)}" for doubt in published.doubts), ""]
+        lines += markdown_table(published_columns(published.rows, comparison.labels))
+        lines += ["", f"- {md(PUBLISHED_NOTE)}"]
+        lines += [*(f"- {doubt.kind}: {md(doubt.text)}" for doubt in published.doubts), ""]
     return "\n".join(lines)
 
 
@@ -643,10 +826,10 @@ def split(comparison: Comparison, found: list[Record]) -> list[tuple[Section, li
     return parts
 
 
-def _markdown_table(columns: list[Column]) -> list[str]:
+def markdown_table(columns: list[Column]) -> list[str]:
     padded = []
     for column in columns:
-        cells = [_md(text) for text in (column.heading, *column.cells)]
+        cells = [md(text) for text in (column.heading, *column.cells)]
         width = max(3, *(len(cell) for cell in cells))
         rule = "-" * (width - 1) + ":" if column.numeric else "-" * width
         aligned = [c.rjust(width) if column.numeric else c.ljust(width) for c in cells]
@@ -654,46 +837,84 @@ def _markdown_table(columns: list[Column]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in zip(*padded, strict=True)]
 
 
-def _md(text: str) -> str:
+def md(text: str) -> str:
+    """Return text for Markdown, without any sign of meaning."""
     for sign in "\\|*_<>`#[]":
         text = text.replace(sign, "\\" + sign)
     return " ".join(text.split())
 
 
 def to_latex(comparison: Comparison, found: list[Record]) -> str:
-    """Return every section as a `table` for a document that uses booktabs."""
+    """Return every section as a `table` for a document that uses booktabs.
+
+    Warnings stand below the table, all other notes in the text after it, which a page may break.
+    """
     lines = ["% \\usepackage{booktabs}"]
     for section, mine in split(comparison, found):
         labels = {name: comparison.labels[name] for name in section.benchmarks}
-        columns = main_columns(mine, labels, details=False)
+        blocks = _blocks(main_columns(mine, labels, details=False), TEX_WIDTH, _tex_width)
+        # a label is no text: only signs that are safe in a control argument
+        label = f"tab:{_plain(section.task)}-{_plain(section.model)}"
+        remarks = notes(section, mine, labels)
+        pages = _pages(blocks, TEX_LINES)
+        for number, page in enumerate(pages):
+            title = tex(section.title) + (" (continued)" if number else "")
+            lines += [
+                "",
+                "\\begin{table}[htbp]",
+                "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
+                *(["\\addtocounter{table}{-1}"] if number else []),
+                f"\\caption{{{title}}}",
+                *([] if number else [f"\\label{{{label}}}"]),
+                *(line for block in page for line in _tabular(block)),
+            ]
+            if page is pages[-1]:
+                lines += _minipage([note for note in remarks if note.startswith("WARNING")])
+            lines.append("\\end{table}")
+        rest = [note for note in remarks if not note.startswith("WARNING")]
         lines += [
-            "",
-            "\\begin{table}[htbp]",
-            "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
-            f"\\caption{{{_tex(section.title)}}}",
-            # a label is no text: only signs that are safe in a control argument
-            f"\\label{{tab:{_plain(section.task)}-{_plain(section.model)}}}",
-        ]
-        for block in _blocks(columns, TEX_WIDTH, _tex_width):
-            lines += _tabular(block)
-        lines += [
-            "\\begin{minipage}{\\linewidth}\\footnotesize\\raggedright",
-            *(f"{_tex(note)}\\par" for note in notes(section, mine, labels)),
-            "\\end{minipage}",
-            "\\end{table}",
+            f"{{\\footnotesize\\raggedright Notes to table~\\ref{{{label}}}.",
+            *(f"{tex(note)}\\par" for note in rest),
+            "}",
         ]
     return "\n".join(lines) + "\n"
 
 
+def _minipage(remarks: list[str]) -> list[str]:
+    if not remarks:
+        return []
+    start, end = "\\begin{minipage}{\\linewidth}\\raggedright", "\\end{minipage}"
+    return [start, *(f"{tex(note)}\\par" for note in remarks), end]
+
+
+def _pages(blocks: list[list[Column]], limit: int) -> list[list[list[Column]]]:
+    """Spread blocks over floats of at most `limit` lines, at least one block each."""
+    pages: list[list[list[Column]]] = []
+    room = -1
+    for block in blocks:
+        height = 6 + len(block[0].cells)  # titles, units, rules, the space below
+        room -= height
+        if room < 0:
+            pages.append([])
+            room = limit - height
+        pages[-1].append(block)
+    return pages
+
+
 def _tabular(columns: list[Column]) -> list[str]:
     body = zip(*(column.cells for column in columns), strict=True)
+
+    def line(cells: Sequence[str]) -> str:
+        # after the line before, a bracket or star would be taken for its argument
+        return "{}" + " & ".join(map(tex, cells)) + " \\\\"
+
     return [
         f"\\begin{{tabular}}{{{''.join('r' if c.numeric else 'l' for c in columns)}}}",
         "\\toprule",
-        *(" & ".join(map(_tex, line)) + " \\\\" for line in _two_lines(columns)),
-        " & ".join(_tex(f"({c.unit})" if c.unit else "") for c in columns) + " \\\\",
+        *(line(titles) for titles in _two_lines(columns) if any(titles)),
+        line([f"({c.unit})" if c.unit else "" for c in columns]),
         "\\midrule",
-        *(" & ".join(map(_tex, cells)) + " \\\\" for cells in body),
+        *map(line, body),
         "\\bottomrule",
         "\\end{tabular}",
         "\\par\\medskip",
@@ -746,12 +967,39 @@ TEX_SIGNS = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "±": r"$\pm$",
+    "Ł": r"\L{}",
+    "ł": r"\l{}",
+    "×": r"$\times$",
+    "÷": r"$\div$",
+    "²": r"$^2$",
+    "°": r"$^\circ$",
+    "µ": r"$\mu$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "→": r"$\to$",
+    "…": r"\dots{}",
     DASH: "--",
+    "—": "---",
+    "‘": "`",
+    "’": "'",
+    "“": "``",
+    "”": "''",
 }
 
 
-def _tex(text: str) -> str:
-    return "".join(TEX_SIGNS.get(sign, sign) for sign in " ".join(text.split()))
+def tex(text: str) -> str:
+    """Return text for LaTeX; what pdfLaTeX has no letter for as its number: U+4E2D."""
+    return "".join(TEX_SIGNS.get(sign) or _letters(sign) for sign in " ".join(text.split()))
+
+
+def _letters(sign: str) -> str:
+    name = unicodedata.name(sign, "").removeprefix("GREEK SMALL LETTER ").lower()
+    if "α" <= sign <= "ω" and name.isalpha() and name != "omicron":
+        return rf"$\{name.replace('lamda', 'lambda')}$"
+    if sign.isascii() or ("À" <= sign <= "ÿ" and sign not in "ÐÞðþ"):
+        return sign
+    base = unicodedata.normalize("NFKD", sign)[0]
+    return base if sign.isalpha() and base.isascii() else f"U+{ord(sign):04X}"
 
 
 def _plain(name: str) -> str:
@@ -789,7 +1037,12 @@ def text(folder: Path) -> str:
             for b, ns in items.items()
             if ns
         ]
-        lines += [*textwrap.wrap("; ".join(counts), WIDTH), ""]
+        lines += textwrap.wrap("; ".join(counts), WIDTH)
+        for shown, record in zip(_marked(mine), mine, strict=True):
+            if record["not_comparable"]:
+                note = f"WARNING: {shown}: not comparable: {record['not_comparable']}"
+                lines += textwrap.wrap(note, WIDTH)
+        lines.append("")
         tests |= {r[f"{b}_compared_by"] for r in mine for b in used} - {None}
     ranks = rank_columns(found, {})
     lines += ["ranks", *_text_table(ranks), ""] if ranks else []
@@ -805,12 +1058,15 @@ def text(folder: Path) -> str:
         lines.append("WARNING: methods of one run each are compared by items; seeds would differ.")
     if any(record["seeds"] == 1 for record in found):
         lines.append("WARNING: rows with one seed: their spread is unknown; do not rank by them.")
+    if any(json.loads(record["tuned_edges"] or "{}") for record in found):
+        lines.append("WARNING: !: the lowest or highest value tried; table.md says what to add.")
     if any(record["failed"] for record in found):
         lines.append("WARNING: some runs failed; table.md names them.")
     return "\n".join(lines) + "\n"
 
 
-STRINGS = ("model", "task", "method", "label")
+STRINGS = ("model", "task", "method", "label", "not_comparable", "by_design")
+STRINGS += ("tuned", "tuned_edges")
 STRING_ENDS = ("_mark", "_compared_by")
 
 
@@ -845,4 +1101,7 @@ def _text_column(column: Column) -> list[str]:
 
 
 def _short(name: str, limit: int = 32) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+    if len(name) <= limit:
+        return name
+    mark = re.search(r" \[[a-z]+\]$|$", name)[0]  # a footnote's letter stays
+    return name[: limit - 1 - len(mark)] + "…" + mark

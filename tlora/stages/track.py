@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TABLES = ("*.csv", "*.md", "*.tex", "table.html", "plots/*/*.png")
+TABLES = ("*.csv", "*.md", "*.tex", "fingerprints.json", "table.html", "plots/*/*.png")
 COPIED = 100_000_000
 """Bytes up to which the weights of a logged model are copied into the store."""
 

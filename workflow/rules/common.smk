@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tlora.artefact import write_json
-from tlora.code import stage_files
+from tlora.code import PACKAGE, stage_files
 from tlora.errors import UserError
 from tlora.lease import lease_folder, new_controller, stamp_of, take
 from tlora.plan import MAIN, RESULTS, Plan
@@ -102,6 +102,21 @@ def labels(wildcards, input):
     """Params function: what people call things. Changing a label reruns nothing; the next table
     that is built shows it."""
     return json.dumps({"labels": PLAN.labels()}, sort_keys=True)
+
+
+def confirmed(choice):
+    """Input function: what the runs leave that the choice's outcome asks for."""
+    model, task, method = choice.unit.names
+
+    def find(wildcards):
+        checkpoints.choose.get(model=model, task=task, method=method, id=choice.unit.id)
+        cells = PLAN.confirm(choice)
+        return [
+            *(str(cell.units["train"].main) for cell in cells),
+            *(str(score.main) for cell in cells for score in cell.scores.values()),
+        ]
+
+    return find
 
 
 wildcard_constraints:

@@ -28,21 +28,6 @@ checkpoint choose:
         "--log {log:q}"
 
 
-def confirmed(choice):
-    """Input function: what the runs leave that the choice's outcome asks for."""
-    model, task, method = choice.unit.names
-
-    def find(wildcards):
-        checkpoints.choose.get(model=model, task=task, method=method, id=choice.unit.id)
-        cells = PLAN.confirm(choice)
-        return [
-            *(str(cell.units["train"].main) for cell in cells),
-            *(str(score.main) for cell in cells for score in cell.scores.values()),
-        ]
-
-    return find
-
-
 CHOICES = [COMPARISON / "choices.json"] if PLAN.choices else []
 
 
@@ -92,8 +77,11 @@ rule compare:
         csv=report(COMPARISON / "table.csv", category="comparison", caption="../report/table.rst"),
         markdown=COMPARISON / "table.md",
         latex=COMPARISON / "table.tex",
+        methods=[COMPARISON / "methods.md", COMPARISON / "methods.tex"],
+        fingerprints=COMPARISON / "fingerprints.json",
         html=report(COMPARISON / "table.html", category="comparison", caption="../report/table.rst"),
         ledger=COMPARISON / "ledger.csv",
+        costs=[COMPARISON / "costs.csv", COMPARISON / "costs.md"],
         published=COMPARISON / "published.csv",
         plots=report(
             directory(COMPARISON / "plots"),
@@ -116,6 +104,33 @@ rule compare:
     shell:
         "tlora compare --spec '{{}}' --place {params.place:q} --input grid={input.grid:q} "
         "{params.inputs:q} --out {params.out:q} --log {log:q}"
+
+
+# The page is built after the tables, whose plots it shows.
+rule index:
+    input:
+        grid=COMPARISON / "grid.json",
+        plots=COMPARISON / "plots",
+        published=[relative(path) for path in PLAN.published()],
+        code=[relative(path) for path in stage_files("index", {})],
+        assets=[relative(path) for path in sorted((PACKAGE / "comparison/assets").iterdir())],
+    output:
+        html=COMPARISON / "index.html",
+        files=directory(COMPARISON / "index_files"),
+    log:
+        f"logs/index/{PLAN.name}.log",
+    conda:
+        "../../envs/core.yaml"
+    params:
+        out=folder,
+        place=labels,
+        inputs=printed,
+    message:
+        "index"
+    shell:
+        "tlora index --spec '{{}}' --place {params.place:q} --input grid={input.grid:q} "
+        "pictures={input.plots:q}/pictures.json {params.inputs:q} --out {params.out:q} "
+        "--log {log:q}"
 
 
 # A dead MLflow server fails nothing; what it missed is made up for by the next run.
