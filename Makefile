@@ -30,7 +30,7 @@ ifneq ($(shell .venv-vllm/bin/python -c "" 2>/dev/null && cat .venv-vllm/.stamp 
 .venv-vllm/.stamp: FORCE
 endif
 
-.PHONY: help demo test test-fast vllm-test lint format envs clean clean-results FORCE
+.PHONY: help demo test test-fast test-cluster vllm-test lint format envs clean clean-results FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -44,7 +44,11 @@ demo: .venv/.core-stamp ## install, run the default comparison, write its report
 
 test: .venv/.dev-stamp .venv-vllm/.stamp ## install and run all tests
 	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --ignore=tests/cluster --numprocesses $(CORES) \
-		--dist loadgroup --no-loadscope-reorder --durations 40 $(PYTEST_ARGS)
+		--dist loadfile --no-loadscope-reorder --durations 40 $(PYTEST_ARGS)
+
+test-cluster: .venv/.dev-stamp ## tests on a real, throw-away Slurm (root on Debian)
+	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest tests/cluster --numprocesses 3 \
+		--dist loadfile $(PYTEST_ARGS)
 
 test-fast: .venv/.dev-stamp ## the tests that are not marked slow (under three minutes)
 	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses 2 $(PYTEST_ARGS)

@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,19 +11,21 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, whole files go to one of them.
+    """Tests of the workflow start first: they share a grid that takes long to make."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/workflow/"))
 
-    Those of the workflow stay together: they share a grid that takes long to make, so they start
-    first.
-    """
 
-    def group(item: pytest.Item) -> str:
-        parts = item.path.relative_to(ROOT).parts
-        return parts[1] if parts[1] == "workflow" else "/".join(parts)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes share the tests, whole files go to one, the workflow's all to one."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    items.sort(key=lambda item: group(item) != "workflow")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "workflow" if path.startswith("tests/workflow/") else path
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

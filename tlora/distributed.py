@@ -189,7 +189,7 @@ def compile_nothing() -> None:
 
 def begin(place: Mapping[str, Any]) -> None:
     """Make this process one of several: it dies with the one that started it, and has its GPU."""
-    _die_with_parent()
+    die_with_parent()
     import torch
 
     if torch.cuda.is_available():
@@ -198,7 +198,7 @@ def begin(place: Mapping[str, Any]) -> None:
         compile_nothing()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, where the kernel can (Linux)."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
@@ -294,7 +294,7 @@ def _torchrun(arguments: Sequence[str]) -> None:
     """Be torchrun, deaf to the signals that the processes are told of by a file."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sqlite3
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cluster.slurm import Cluster, wait
 from workflow.project import Project
 
 from tlora.artefact import check_files, sha256_file, sha256_tree
+from tlora.distributed import die_with_parent
 
 COMMAND = ["snakemake", "--cores", "all", "--profile", "slurm"]
 # Stages of a run that hang on its training.
@@ -54,19 +57,31 @@ class Run:
         (found,) = self.results.glob(pattern)
         return found
 
-    def without(self, method: str, folder: Path) -> Run:
-        """Return a copy without a method's run, the tables and all that MLflow knew."""
-        project = self.project.copy(folder)
+    @contextlib.contextmanager
+    def disturbed(self, folder: Path, method: str = "lora") -> Iterator[Run]:
+        """Give a copy that lacks a method's run, the tables and all that MLflow knew.
+
+        Parameters
+        ----------
+        folder
+            Where the copy is made; nothing of it runs afterwards.
+        """
+        project = self.project.copy(folder / "checkout")
+        results = project.path("results")
         for stage in CHAIN:
-            for path in (folder / "results" / stage).rglob(method):
+            for path in (results / stage).rglob(method):
                 shutil.rmtree(path)
         for name in ("table.csv", "tracked.json"):
-            (folder / "results" / "comparison" / "config" / name).unlink()
+            (results / "comparison" / "config" / name).unlink()
         # Its runs name files of the checkout that was copied.
-        (folder / "results" / "mlflow.db").unlink()
-        shutil.rmtree(folder / "results" / "mlartifacts")
-        shutil.rmtree(folder / "logs")
-        return Run(project, self.cluster)
+        (results / "mlflow.db").unlink()
+        shutil.rmtree(results / "mlartifacts")
+        shutil.rmtree(project.path("logs"))
+        run = Run(project, self.cluster)
+        try:
+            yield run
+        finally:
+            run.end()
 
     # ---------------------------------------------------------------- starting
 
@@ -81,6 +96,7 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
             )
         self.started.append(Started(process, path))
         return self.started[-1]
@@ -120,7 +136,7 @@ class Run:
         return found
 
     def training(self) -> tuple[str, psutil.Process]:
-        """Wait until the training has a checkpoint, and stop its process right there.
+        """Wait until a training has made a step and has a checkpoint, and stop its process there.
 
         Returns
         -------
@@ -129,16 +145,42 @@ class Run:
         process : psutil.Process
             Does nothing until it gets SIGCONT.
         """
-        work = self.results / ".work" / "train"
-        wait(lambda: list(work.glob("*/checkpoint-*/manifest.json")), PATIENCE, "checkpoint", 0.01)
+        before = self._attempts()
+        wait(lambda: self._attempts() > before, PATIENCE, "training", 0.02)
         (process,) = self.processes("train")
+        (log,) = (self.results / ".work" / "train").glob("*/log.jsonl")
+        size = log.stat().st_size
+
+        def further() -> bool:
+            assert log.exists(), "the training ended"
+            return log.stat().st_size > size and any(log.parent.glob("checkpoint-*/manifest.json"))
+
+        wait(further, PATIENCE, "step of a training with a checkpoint", 0.005)
         process.suspend()
         (job,) = [job for job, at in self.jobs("train").items() if at == "RUNNING"]
         return job, process
 
+    def _attempts(self) -> int:
+        """Return how often the training under way was started."""
+        costs = (self.results / ".work" / "train").glob("*/cost.json")
+        return sum(json.loads(path.read_text())["attempts"] for path in costs)
+
     def jobs(self, rule: str) -> dict[str, str]:
         """Return the states of a rule's jobs, by number."""
         return self.cluster.jobs(self.project.folder, rule)
+
+    def jobs_in_full(self) -> dict[str, str]:
+        """Return all that Slurm says of this checkout's jobs, by number."""
+        jobs = self.cluster.jobs(self.project.folder)
+        return {job: self.cluster.run("scontrol", "show", "job", job) for job in jobs}
+
+    def requeued(self, job: str) -> None:
+        """Wait until Slurm has put a training back into its queue, and let it go on at once.
+
+        By itself Slurm waits two minutes.
+        """
+        wait(lambda: self.jobs("train")[job] == "PENDING", PATIENCE, f"job {job} requeued")
+        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def ended(self, job: str) -> None:
         """Wait until a job has ended."""
@@ -160,6 +202,8 @@ class Run:
         for stage in ("train", "export"):
             assert weights(self.results / stage) == weights(expected.results / stage)
         for manifest in self.results.rglob("*.json"):
+            if "mlartifacts" in manifest.parts:
+                continue
             content = json.loads(manifest.read_text(encoding="utf-8"))
             if isinstance(content, dict) and "files" in content and "spec" not in content:
                 within = manifest.parent / "weights"

@@ -7,12 +7,15 @@ slurmd, slurm-client and munge, and root, are all it takes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +25,8 @@ import psutil
 
 SYSTEM = Path("/etc/slurm")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "scontrol")
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+SYSTEMD = Path("/run/systemd/system")
 NODES = ("cn1", "gpu1", "gpu2")
 
 CONFIG = """\
@@ -70,12 +75,34 @@ PartitionName=urgent Nodes=gpu[1-2] PriorityTier=50
 
 
 def why_not() -> str | None:
-    """Return why there can be no cluster here, None where there can."""
-    missing = [name for name in PROGRAMS if not _program(name)]
-    if missing:
-        return f"{', '.join(missing)}: not installed (make cluster-setup installs them, as root)"
+    """Return why there can be no cluster here, None where there can; install what it needs.
+
+    Only where no systemd runs, as in a container: it would start what is installed.
+    """
     if os.geteuid() != 0:
         return "the daemons of a Slurm cluster are started by root"
+    missing = [name for name in PROGRAMS if not _program(name)]
+    if not missing:
+        return None
+    reason = f"{', '.join(missing)}: not installed"
+    if not shutil.which("apt-get") or SYSTEMD.is_dir():
+        return f"{reason} (Debian, Ubuntu: apt-get install {' '.join(PACKAGES)})"
+    for words in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(
+            ["apt-get", "--quiet", *words],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+            return f"{reason}; apt-get {words[0]}: {' '.join(last)}"
+    return None
+
+
+def taken() -> str | None:
+    """Return why /etc/slurm is not ours to change, None where it is."""
     config = SYSTEM / "slurm.conf"
     if config.is_file() and not config.is_symlink():
         return f"{config} is there: this machine has a Slurm of its own"
@@ -268,19 +295,43 @@ class Cluster:
         return path
 
 
+@contextlib.contextmanager
+def running() -> Iterator[Cluster]:
+    """Bring a cluster up; it is taken down at the end, also that of a process that is killed."""
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
+    command = [sys.executable, __file__, str(cluster.folder)]
+    # Its stdin ends with this process, however that ends.
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        guard.communicate()
+
+
+def guard(folder: Path) -> None:
+    """Wait until stdin ends, then take the cluster of a folder down, and remove the folder."""
+    sys.stdin.read()
+    Cluster(folder).down()
+    shutil.rmtree(folder)
+
+
+def gone(process: psutil.Process) -> bool:
+    """Tell whether a process has ended; what is left of it may wait for its parent."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _end(pid: int, number: int) -> None:
     """Send a signal, and wait until the process is gone."""
     try:
         process = psutil.Process(pid)
         process.send_signal(number)
-        wait(
-            lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE,
-            30,
-            f"end of process {pid}",
-            0.02,
-        )
     except psutil.NoSuchProcess:
-        pass
+        return
+    wait(lambda: gone(process), 30, f"end of process {pid}", 0.02)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -292,3 +343,7 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))

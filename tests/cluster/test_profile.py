@@ -1,26 +1,22 @@
-"""`snakemake --cores all --profile slurm` on a real cluster, undisturbed and disturbed.
+"""`snakemake --cores all --profile slurm` on a real cluster, undisturbed, and with a training that
+Slurm stops in every way it has.
 
-Every disturbance comes in the middle of a training. Afterwards the same command, given again where
-the first one failed, ends with all results: scores and weights byte for byte those of the run that
-nothing disturbed, every checksum right, and each run once in MLflow.
+Each stop comes in the middle of the training. Afterwards all results are there: scores and weights
+byte for byte those of the run that nothing disturbed, every checksum right, and each run once in
+MLflow.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import urllib.request
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
+import psutil
 import pytest
 from cluster.runs import PATIENCE, Run
-from cluster.slurm import wait
+from cluster.slurm import gone, wait
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
@@ -29,220 +25,140 @@ def test_grid_runs_through_the_profile(undisturbed: Run) -> None:
     """All jobs run where the profile says and leave their logs; a second call finds nothing."""
     undisturbed.check(undisturbed)
     undisturbed.check_mlflow()
-    jobs = undisturbed.cluster.jobs(undisturbed.project.folder)
-    assert set(jobs.values()) == {"COMPLETED"}
-    assert len(jobs) == 19, "all but grid and all"
-    show = undisturbed.cluster.run
+    jobs = json.loads(undisturbed.project.folder.parent.with_suffix(".done").read_text())
+    assert len(jobs) >= 19 and all("JobState=COMPLETED" in text for text in jobs.values())
     for rule, partition, gpus in (("train", "gpu", 1), ("score", "cpu", 0)):
-        for job in undisturbed.jobs(rule):
-            text = show("scontrol", "show", "job", job)
+        found = [text for text in jobs.values() if f"Comment=rule_{rule}_" in text]
+        assert len(found) == (3 if rule == "score" else 2)
+        for text in found:
             assert f"Partition={partition}" in text
-            assert ("gres/gpu=1" in text) == bool(gpus)
+            assert ("gres/gpu=1" in text or "gres:gpu:1" in text) == bool(gpus)
             assert "Requeue=1" in text
     logs = undisturbed.project.path("logs/slurm")
     assert len(list(logs.glob("rule_train/*/*.log"))) == 2
     assert [undisturbed.card(name)["attempts"] for name in ("lora", "tlora")] == [1, 1]
 
 
-def test_job_killed_by_scancel(undisturbed: Run, disturbed: Run) -> None:
-    """It makes a checkpoint; snakemake submits it again, with more memory, and it goes on there."""
-    snakemake = disturbed.start()
-    job, process = disturbed.training()
-    disturbed.cluster.run("scancel", job)
-    disturbed.ended(job)
-    assert not process.is_running()
-    output = disturbed.finish(snakemake)
-    assert "Trying to restart job" in output
-    assert disturbed.card()["attempts"] == 2
-    first, second = sorted(disturbed.jobs("train"), key=int)
-    memory = [disturbed.cluster.run("scontrol", "show", "job", one) for one in (first, second)]
-    assert "mem=62.5" in memory[0] or "mem=64000M" in memory[0], memory[0]
-    assert "mem=125G" in memory[1] or "mem=128000M" in memory[1], memory[1]
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow()
+@dataclass
+class Stop:
+    """What became of a job: of its process, of the job, and the one that went on from there."""
+
+    process: psutil.Process
+    job: str
+    state: str
+    next: str
 
 
-def test_job_that_ran_out_of_time(undisturbed: Run, disturbed: Run) -> None:
-    """A training that hangs is ended by its time limit."""
-    snakemake = disturbed.start()
-    job, process = disturbed.training()
-    disturbed.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    wait(lambda: disturbed.jobs("train")[job] == "TIMEOUT", 300, "time limit")
-    assert not process.is_running()
-    disturbed.finish(snakemake)
-    assert disturbed.card()["attempts"] == 2
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow()
+@dataclass
+class Stopped:
+    """The run, its stops by name, what each job asked for, and what snakemake said."""
+
+    run: Run
+    stops: dict[str, Stop]
+    asked: dict[str, dict[str, int]]
+    output: str
 
 
-def test_job_requeued_in_the_middle(undisturbed: Run, disturbed: Run) -> None:
-    """Slurm starts it again under the same number; snakemake waits for it."""
-    snakemake = disturbed.start()
-    job, process = disturbed.training()
-    disturbed.cluster.run("scontrol", "requeue", job)
-    process.wait(60)
-    disturbed.finish(snakemake)
-    assert disturbed.jobs("train") == {job: "COMPLETED"}
-    assert disturbed.card()["attempts"] == 2
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow()
+def _requeue(run: Run, job: str) -> None:
+    run.cluster.run("scontrol", "requeue", job)
 
 
-def test_node_that_crashes(undisturbed: Run, disturbed: Run) -> None:
-    """Without warning: no checkpoint on the way out. The job goes on on another node."""
-    snakemake = disturbed.start()
-    job, process = disturbed.training()
-    node = disturbed.cluster.node_of(job)
-    disturbed.cluster.crash(node)
-    assert not process.is_running()
-    disturbed.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")
-    try:
-        disturbed.finish(snakemake)
-    finally:
-        disturbed.cluster.start(node)
-    assert disturbed.jobs("train") == {job: "COMPLETED"}
-    assert disturbed.card()["attempts"] == 2
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow()
-
-
-def test_preemption_by_requeue(undisturbed: Run, disturbed: Run) -> None:
-    """A job of a partition that goes before takes the node."""
-    snakemake = disturbed.start()
-    job, process = disturbed.training()
-    node = disturbed.cluster.node_of(job)
+def _preempt(run: Run, job: str) -> None:
+    """Submit to a partition that goes before."""
+    node = run.cluster.node_of(job)
     urgent = ["--partition=urgent", f"--nodelist={node}", "--gpus=1", "--output=/dev/null"]
-    disturbed.cluster.run("sbatch", *urgent, "--wrap=sleep 1")
-    process.wait(60)
-    disturbed.finish(snakemake)
-    assert disturbed.jobs("train") == {job: "COMPLETED"}
-    assert disturbed.card()["attempts"] == 2
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow()
+    run.cluster.run("sbatch", *urgent, "--wrap=sleep 1")
 
 
-def test_killed_snakemake_leaves_no_second_writer(undisturbed: Run, disturbed: Run) -> None:
-    """Its job lives on; the same command again submits another, which waits and does nothing."""
-    snakemake = disturbed.start()
-    job, process = disturbed.training()
-    snakemake.process.kill()
-    snakemake.process.wait()
-    again = disturbed.start()
-    wait(lambda: len(disturbed.jobs("train")) == 2, PATIENCE, "second job")
-    (second,) = set(disturbed.jobs("train")) - {job}
-    (log,) = disturbed.project.path("logs/slurm/rule_train").glob(f"*/{second}.log")
-    wait(lambda: log.is_file() and "waiting for" in log.read_text(), PATIENCE, "waiting job")
-    process.resume()
-    disturbed.finish(again)
-    assert set(disturbed.jobs("train").values()) == {"COMPLETED"}
-    assert "another job made it meanwhile" in log.read_text()
-    assert disturbed.card()["attempts"] == 1, "trained a second time"
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow()
+def _crash(run: Run, job: str) -> None:
+    """Kill a node without warning: no checkpoint on the way out."""
+    node = run.cluster.node_of(job)
+    run.cluster.crash(node)
+    run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")
+    run.cluster.start(node)
 
 
-def test_two_snakemakes_at_work(undisturbed: Run, disturbed: Run) -> None:
-    """Both submit every job; each artefact is made once."""
-    pair = [disturbed.start(), disturbed.start()]
-    for snakemake in pair:
-        disturbed.finish(snakemake)
-    assert disturbed.card()["attempts"] == 1
-    logs = disturbed.project.path("logs/slurm")
-    for rule in ("train", "export", "check", "generate", "score"):
-        texts = [path.read_text() for path in logs.glob(f"rule_{rule}/*/*.log")]
-        made = [text for text in texts if "another job made it meanwhile" not in text]
-        assert len(made) == 1, f"{rule}: made {len(made)} times by {len(texts)} jobs"
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow()
+def _scancel(run: Run, job: str) -> None:
+    run.cluster.run("scancel", job)
 
 
-def test_full_disk_in_the_middle_of_a_checkpoint(undisturbed: Run, disturbed: Run) -> None:
-    """The run fails and says why; with space again it goes on from the checkpoint before."""
-    disturbed.project.edit("workflow/profiles/slurm/config.yaml", "retries: 3", "retries: 0")
-    results = disturbed.results
-    kept = results.rename(results.with_name("kept"))
-    results.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(results)]
-    if done := subprocess.run(mount, capture_output=True, text=True).stderr:
-        pytest.skip(f"cannot mount a small file system: {done.strip()}")
-    try:
-        subprocess.run(["cp", "-a", f"{kept}/.", str(results)], check=True)
-        snakemake = disturbed.start()
-        _, process = disturbed.training()
-        _fill(results)
-        process.resume()
-        disturbed.finish(snakemake, status=1)
-        (log,) = disturbed.project.path("logs/results/train/tiny/arithmetic/lora").glob("*.log")
-        assert "No space left on device" in log.read_text()
-        assert not list(results.glob("train/tiny/arithmetic/lora/*/train.json"))
-        (results / "filler").unlink()
-        disturbed.snakemake()
-        assert disturbed.card()["attempts"] == 2
-        disturbed.check(undisturbed)
-        disturbed.check_mlflow()
-    finally:
-        disturbed.end()
-        subprocess.run(["umount", "--lazy", str(results)], check=True)
+def _time_out(run: Run, job: str) -> None:
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
 
 
-def _fill(folder: Path) -> None:
-    """Write until nothing fits any more, not even a small file."""
-    with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(2**16))
-    with open(folder / "filler", "ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1))
+STOPS = {
+    "requeue": _requeue,
+    "preemption": _preempt,
+    "crash": _crash,
+    "scancel": _scancel,
+    "timeout": _time_out,
+}
 
 
-def test_mlflow_server_killed_in_the_middle(undisturbed: Run, disturbed: Run) -> None:
-    """Training does not notice; the same command again tells the server what it missed."""
-    port = _free_port()
-    disturbed.project.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
-    database = disturbed.project.path("server.db")
-    with _mlflow(disturbed.project.folder, port):
-        snakemake = disturbed.start()
-        _, process = disturbed.training()
-        process.resume()
-    disturbed.finish(snakemake)
-    tracked = disturbed.one("comparison/config/tracked.json")
-    assert not json.loads(tracked.read_text())["reachable"]
-    with _mlflow(disturbed.project.folder, port):
-        output = disturbed.snakemake()
-    assert "1 of 1 steps" in output or "2 of 2 steps" in output
-    assert disturbed.card()["attempts"] == 1
-    disturbed.check(undisturbed)
-    disturbed.check_mlflow(database)
+@pytest.fixture(scope="module")
+def stopped(undisturbed: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
+    """A run whose training was stopped in all ways, one after the other."""
+    with undisturbed.disturbed(tmp_path_factory.mktemp("stopped")) as run:
+        # Warned five minutes before, the training would end before its time is up.
+        profile = "workflow/profiles/slurm/config.yaml"
+        run.project.edit(profile, "--signal=USR1@300", "--nice=0")
+        snakemake, stops, wishes = run.start(), {}, {}
+        for name, how in STOPS.items():
+            job, process = run.training()
+            wishes.setdefault(job, asked(run, job))
+            how(run, job)
+            wait(lambda: gone(process), PATIENCE, f"end of the training after {name}")  # noqa: B023
+            if name in ("scancel", "timeout"):
+                run.ended(job)
+            else:
+                run.requeued(job)
+            stops[name] = Stop(process, job, run.jobs("train")[job], "")
+        output = run.finish(snakemake)
+        jobs = [stop.job for stop in stops.values()] + [max(run.jobs("train"), key=int)]
+        for stop, following in zip(stops.values(), jobs[1:], strict=True):
+            stop.next = following
+        wishes[jobs[-1]] = asked(run, jobs[-1])
+        yield Stopped(run, stops, wishes, output)
 
 
-@contextlib.contextmanager
-def _mlflow(folder: Path, port: int) -> Iterator[None]:
-    """Run a server whose store outlives it; kill it at the end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "server")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "a") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        wait(lambda: _answers(f"http://127.0.0.1:{port}/health"), 300, "MLflow server", 0.5)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+@pytest.mark.parametrize("name", ["requeue", "preemption", "crash"])
+def test_slurm_starts_the_job_again(stopped: Stopped, name: str) -> None:
+    """Requeued in mid-training, by an operator, for another job or for a dead node: snakemake
+    waits, and the job goes on under its number."""
+    stop = stopped.stops[name]
+    assert stop.next == stop.job
+    assert gone(stop.process)
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+@pytest.mark.parametrize(("name", "state"), [("scancel", "CANCELLED"), ("timeout", "TIMEOUT")])
+def test_snakemake_submits_the_job_again(stopped: Stopped, name: str, state: str) -> None:
+    """Killed by scancel, or out of time: once more, with more memory and time."""
+    stop = stopped.stops[name]
+    assert stop.state == state
+    assert int(stop.next) > int(stop.job)
+    assert gone(stop.process)
+    assert f"SLURM-job '{stop.job}' failed, SLURM status is: '{state}'" in stopped.output
+    before, after = stopped.asked[stop.job], stopped.asked[stop.next]
+    assert after["memory"] > before["memory"]
+    # The second retry would ask for more than the profile's `longest`.
+    assert after["minutes"] > before["minutes"] or after["minutes"] == 2880
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def asked(run: Run, job: str) -> dict[str, int]:
+    """Return a job's memory in MB and its limit in minutes."""
+    text = run.cluster.run("scontrol", "--oneliner", "show", "job", job)
+    memory = re.search(r"MinMemoryNode=([\d.]+)([MG])", text)
+    limit = re.search(r"TimeLimit=(?:(\d+)-)?(\d+):(\d+):", text)
+    days, hours, minutes = (int(value or 0) for value in limit.groups())
+    return {
+        "memory": round(float(memory[1]) * {"M": 1, "G": 1024}[memory[2]]),
+        "minutes": (days * 24 + hours) * 60 + minutes,
+    }
+
+
+def test_stops_change_no_result(undisturbed: Run, stopped: Stopped) -> None:
+    """Five stops, six attempts, each from the checkpoint of the one before."""
+    assert stopped.run.card()["attempts"] == 1 + len(STOPS)
+    assert set(stopped.run.jobs("train").values()) == {"CANCELLED", "TIMEOUT", "COMPLETED"}
+    stopped.run.check(undisturbed)
+    stopped.run.check_mlflow()

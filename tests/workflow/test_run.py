@@ -235,7 +235,7 @@ def test_every_job_names_the_sources_it_loads(finished: Project, jobs: dict[str,
             continue
         job = asked[arguments[0], arguments[arguments.index("--out") + 1]]
         answered.append(job)
-        sources = {path for path in job.input if path.startswith("tlora/")}
+        sources = {path for path in job.input if path.startswith("tlora/") and path.endswith(".py")}
         shown = SHOWN_ONLY if job.rule != "track" else SHOWN_ONLY - {"tlora.tracking"}
         found = {source_of(finished, name) for name in set(call["loaded"]) - shown}
         beside = {source_of(finished, name) for name in COMMAND_LINE}

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.tasks.prompts import IGNORED
-from tlora.tasks.tokenised import collate
+from tlora.tasks.tokenised import collate, read
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+__all__ = ["losses", "read"]
 
 ROWS = 8
 """Samples of a forward pass."""

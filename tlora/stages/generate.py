@@ -132,10 +132,8 @@ def _evaluate(
 
 def _likelihood(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]) -> None:
     """Write how likely the given answers of the validation split are, in place of own ones."""
-    from tlora.tasks import tokenised
-
     module = importlib.import_module("tlora.generation.likelihood")
-    samples = tokenised.read(inputs["prepare"].parent / "validation.parquet")
+    samples = module.read(inputs["prepare"].parent / "validation.parquet")
     samples = samples[: spec["benchmark"].get("limit")]
     if not samples:
         raise UserError(f"{inputs['prepare']}: validation: no sample: expected at least one")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tlora.artefact import write_json
 from tlora.code import PACKAGE, stage_files
+from tlora.devices import wanted
 from tlora.errors import UserError
 from tlora.lease import lease_folder, new_controller, stamp_of, take
 from tlora.plan import MAIN, RESULTS, Plan
@@ -80,6 +81,12 @@ def place(stage):
         return json.dumps(unit(stage, wildcards).placement, sort_keys=True)
 
     return find
+
+
+def gpus(stage):
+    """Resources function: the GPUs that a job computes on where there are any. Snakemake counts
+    them where a profile says how many there are; on Slurm the job asks for them."""
+    return lambda wildcards: wanted(stage, unit(stage, wildcards).placement)
 
 
 def inputs(wildcards, input):

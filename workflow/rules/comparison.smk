@@ -58,7 +58,7 @@ rule grid:
         f"logs/grid/{PLAN.name}.log",
     localrule: True
     params:
-        spec=lambda wildcards, input: spec_id(PLAN.grid()),
+        spec=lambda wildcards: spec_id(PLAN.grid()),
     run:
         write_json(Path(output[0]), PLAN.grid())
 

@@ -14,6 +14,8 @@ rule generate:
         f"logs/{GENERATE}.log",
     conda:
         "../../envs/train.yaml"
+    resources:
+        gpu=gpus("generate"),
     params:
         spec=spec("generate"),
         place=place("generate"),

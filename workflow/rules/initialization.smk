@@ -13,6 +13,8 @@ rule calibrate:
     cache: CACHED
     conda:
         "../../envs/train.yaml"
+    resources:
+        gpu=gpus("calibrate"),
     params:
         spec=spec("calibrate"),
         place=place("calibrate"),
@@ -69,6 +71,8 @@ rule initialize:
     cache: CACHED
     conda:
         "../../envs/train.yaml"
+    resources:
+        gpu=gpus("initialize"),
     params:
         spec=spec("initialize"),
         place=place("initialize"),

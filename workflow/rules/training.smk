@@ -15,6 +15,8 @@ rule train:
         f"logs/{TRAIN}.log",
     conda:
         "../../envs/train.yaml"
+    resources:
+        gpu=gpus("train"),
     params:
         spec=spec("train"),
         place=place("train"),
@@ -70,6 +72,8 @@ rule check:
         f"logs/{CHECK}.log",
     conda:
         "../../envs/train.yaml"
+    resources:
+        gpu=gpus("check"),
     params:
         spec=spec("check"),
         place=place("check"),
