@@ -412,7 +412,9 @@ def _table(options: argparse.Namespace) -> None:
     if not (folder / "table.csv").is_file():
         raise UserError(f"{folder}/table.csv: not there yet: run snakemake first")
     print(text(folder))
-    print(f"tables  {folder}/table.{{csv,md,tex,html}}")
+    if (folder / "index.html").is_file():
+        print(f"page    {folder}/index.html")
+    print(f"tables  {folder}/table.{{csv,md,tex,html}}, costs.{{csv,md}}")
     print(f"plots   {folder}/plots/")
     if (folder / "report.html").is_file():
         print(f"report  {folder}/report.html")
