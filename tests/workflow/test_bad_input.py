@@ -17,6 +17,9 @@ TASK = "config/tasks/arithmetic.yaml"
 BENCHMARK = "config/benchmarks/arithmetic.yaml"
 MODEL = "config/models/tiny.yaml"
 METHOD = "config/methods/pissa.yaml"
+LINE = 1 + (Path(__file__).parents[2] / METHOD).read_text().splitlines().index(
+    "implementation: pissa"
+)
 PREFIX = "tlora: error: "
 
 
@@ -80,7 +83,7 @@ BEFORE = {
         METHOD,
         "implementation: pissa",
         "implementation: pizza",
-        [f"{METHOD}:3", "implementation", "'pizza'", "did you mean 'pissa'?"],
+        [f"{METHOD}:{LINE}", "implementation", "'pizza'", "did you mean 'pissa'?"],
     ),
     "unknown scorer": (
         BENCHMARK,
@@ -110,7 +113,7 @@ BEFORE = {
         METHOD,
         "implementation: pissa",
         "implementation: pissa\noptions: {n_iter: 4}",
-        [f"{METHOD}:4", "options.n_iter", "4", "did you mean 'niter'?"],
+        [f"{METHOD}:{LINE + 1}", "options.n_iter", "4", "did you mean 'niter'?"],
     ),
     "unknown option of the data": (
         TASK,
