@@ -18,6 +18,7 @@ from tlora.devices import claim as claim_gpus
 from tlora.distributed import launched, rank
 from tlora.errors import UserError
 from tlora.estimate import Assumptions
+from tlora.forks import VERBS, handed_over
 from tlora.lease import held, lease_folder, stamp_of
 
 STAGES = {
@@ -43,6 +44,10 @@ STAGES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `tlora VERB`; return the exit status: 0, or 1 with one line on stderr for bad input."""
     options = _parser().parse_args(arguments)
+    if arguments is None and options.verb in VERBS:
+        status = handed_over()
+        if status is not None:
+            return status
     log = getattr(options, "log", None)
     _logging(log)
     try:

@@ -151,6 +151,7 @@ def test_ledger_has_every_run_and_benchmark_with_its_file(demo: Path) -> None:
         assert re.search(r"train\.parquet:[0-9a-f]{64}", entry["data_sha256"])
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bytes(here: Path) -> None:
     grid = make_grid(Path("results"), tasks=("choice",), methods=("lora", "tlora"), steps=10)
     folder = run(grid)
@@ -380,6 +381,7 @@ def test_ranks_over_benchmarks(demo: Path) -> None:
 # ---------------------------------------------------------------- the forms
 
 
+@pytest.mark.slow
 def test_text_fits_a_terminal_also_with_many_benchmarks(here: Path) -> None:
     names = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa"]
     grid = make_grid(

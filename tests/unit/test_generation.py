@@ -475,6 +475,7 @@ generate(spec, {}, Path(out), place)
 """
 
 
+@pytest.mark.slow
 def test_killed_job_goes_on_and_gives_the_same_file(
     base: Path, whole: Path, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

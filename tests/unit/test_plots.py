@@ -197,6 +197,7 @@ def test_labels_of_any_kind(here: Path) -> None:
     assert plots.draw(collect.load(grid, labels), Path("plots"))
 
 
+@pytest.mark.slow
 def test_rows_of_one_method_have_files_of_their_own(here: Path) -> None:
     grid = make_grid(Path("results"), tasks=("choice",), methods=("tlora",), layers=2, steps=3)
 

@@ -166,6 +166,7 @@ def test_embedded_tasks_fit_their_lengths(root: Path, tokenizer, task) -> None:
             assert target <= benchmark["max_new_tokens"]
 
 
+@pytest.mark.slow
 def test_real_gsm8k_fits(root: Path, shared_data: Path, tokenizer) -> None:
     records = gsm8k.load(gsm8k.Data(), "train", shared_data / "data")
     longest = truncated = 0

@@ -118,6 +118,7 @@ def first_train(grid: Path) -> Path:
 # ---------------------------------------------------------------- sqlite
 
 
+@pytest.mark.slow
 def test_one_run_a_cell_and_doing_it_again_changes_nothing(store: str) -> None:
     grid = make_grid(Path("results"), steps=12)
     compare({}, {"grid": grid}, grid.parent, {})
@@ -241,6 +242,7 @@ def test_the_default_store_and_the_environment(here: Path, monkeypatch: pytest.M
     assert tracking.tracking_uri({"tracking_uri": "http://place:1"}) == "http://place:1"
 
 
+@pytest.mark.slow
 def test_parallel_initialisation(here: Path) -> None:
     uri = f"sqlite:///{here}/results/mlflow.db"
     code = f"from tlora.tracking import initialise; initialise({uri!r})"
@@ -363,6 +365,7 @@ def test_a_dead_server_does_not_delay_training(
     assert "training goes on" in caplog.text and "secret" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_real_server_live_and_reconciled(here: Path) -> None:
     grid = make_grid(Path("results"), tasks=("choice",), steps=50)
     path = first_train(grid)

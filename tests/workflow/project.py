@@ -220,7 +220,8 @@ class Project:
         )
 
     def record(self) -> None:
-        """Note every call of `tlora` from here on."""
+        """Note every call of `tlora` from here on, each in a process of its own."""
+        self.environment["TLORA_FORKS"] = "off"
         self.environment["TLORA_TEST_CALLS"] = str(self.tools / f"calls-{time.monotonic_ns()}")
 
     def edit(self, name: str, old: str, new: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from workflow.project import MINI, Job, Project
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 TASK = "config/tasks/arithmetic.yaml"
 BENCHMARK = "config/benchmarks/arithmetic.yaml"

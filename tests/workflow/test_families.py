@@ -10,9 +10,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,6 @@ from typing import Any
 import pytest
 from judge_server import KEY, Answer, JudgeServer
 from record_files import write
-from workflow.forks import CLIENT
 from workflow.project import Project
 
 from tlora import sandbox
@@ -276,27 +272,11 @@ def finished(
     )
     project.path("config/families.yaml").write_text(preset, encoding="utf-8")
     unsure = rows(folder / "data" / mt_bench.FILES["questions"])[0]["turns"][1]
-    with (
-        JudgeServer(
-            lambda prompt, before: Answer("No idea." if unsure in prompt else f"[[{RATING}]]")
-        ) as judge,
-        # The path of a socket may not be as long as those of pytest's folders.
-        tempfile.TemporaryDirectory() as short,
-    ):
-        path = Path(short) / "socket"
-        command = CLIENT.format(path=str(path))
-        (project.tools / "command.py").write_text(command, encoding="utf-8")
+    with JudgeServer(
+        lambda prompt, before: Answer("No idea." if unsure in prompt else f"[[{RATING}]]")
+    ) as judge:
         project.environment |= judge.environment()
-        forks = Path(__file__).with_name("forks.py")
-        server = project.start([sys.executable, str(forks), str(path)])
-        try:
-            while not path.exists():
-                assert server.poll() is None, server.communicate()
-                time.sleep(0.1)
-            project.snakemake(preset="config/families.yaml")
-        finally:
-            server.kill()
-            server.communicate()
+        project.snakemake(preset="config/families.yaml")
         yield Finished(project, judge)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from workflow.project import GRID, MINI, TABLES, Job, Project, ids, labels, run_of
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 METHODS = ("full", "lora", "pissa", "tlora")
 EVALUATIONS = [

@@ -21,7 +21,7 @@ METHODS = ("full", "lora", "pissa", "tlora")
 # Parsing arguments decides no result; spec and code only stamp what a job may resume from.
 COMMAND_LINE = {
     *("tlora.cli", "tlora.code", "tlora.spec", "tlora.lease", "tlora.distributed"),
-    *("tlora.devices", "tlora.estimate"),
+    *("tlora.devices", "tlora.estimate", "tlora.forks"),
 }
 # Loaded for a statistic that no method of the small preset reads.
 BRANCHES = {"calibrate": {"tlora/subspace.py"}}
@@ -265,6 +265,27 @@ def test_jobs_that_need_no_torch_load_none(finished: Project) -> None:
     light = ("allocate", "score", "compare")
     heavy = {call["arguments"][0]: call["heavy"] for call in finished.calls()}
     assert {verb: heavy[verb] for verb in light} == {verb: [] for verb in light}
+
+
+def test_forks_make_the_same(fresh: Project, finished: Project, jobs: dict[str, Job]) -> None:
+    """Jobs in forks of one process, which has torch loaded, leave the bytes of those that start it.
+
+    As the small preset runs without them, for the sake of what each job loads by itself.
+    """
+    fresh.record()
+    del fresh.environment["TLORA_FORKS"]
+    score = folder(jobs, "score tiny/arithmetic/tlora/arithmetic") / "score.json"
+    fresh.snakemake(str(score))
+    heavy = defaultdict(list)
+    for call in fresh.calls():
+        heavy[call["arguments"][0]].append(len(call["heavy"]))
+        assert call["status"] == 0
+    # A job handed over is noted by the fork and by the caller, which itself loads nothing.
+    assert heavy["train"] == heavy["generate"] == heavy["export"] == [3, 0]
+    assert heavy["allocate"] == heavy["score"] == [0]
+    weights = folder(jobs, "train tiny/arithmetic/tlora") / "weights" / "adapter_model.safetensors"
+    for path in (score, weights):
+        assert sha256(fresh.folder / path) == sha256(finished.folder / path)
 
 
 def test_listing_commands(finished: Project) -> None:

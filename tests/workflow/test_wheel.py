@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 THREE_LINES = """
 from importlib.util import find_spec
 assert not any(map(find_spec, ("snakemake", "mlflow"))), "the environment is not clean"

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+from tlora import forks
 from tlora.artefact import write_json
 from tlora.code import PACKAGE, stage_files
 from tlora.devices import wanted

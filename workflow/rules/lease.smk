@@ -6,7 +6,9 @@ import signal
 
 
 onstart:
-    if not workflow.local_exec:
+    if workflow.local_exec:
+        forks.begin()
+    else:
         new_controller(RESULTS / ".work" / "controllers")
 
 
