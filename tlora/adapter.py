@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tlora.artefact import staged
 from tlora.errors import UserError
@@ -33,6 +34,7 @@ __all__ = [
     "fold_scaling",
     "freeze_a",
     "frozen_names",
+    "fused",
     "load_initial",
     "save_initial",
 ]
@@ -172,6 +174,70 @@ def frozen_names(model: PeftModel, adapter_name: str = _ADAPTER) -> list[str]:
         for name in layer.frozen_peft_weight_names.get(adapter_name, ())
     }
     return sorted(found)
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Within it, plain LoRA layers add their branch in one kernel, and cast nothing twice.
+
+    PEFT computes base + (B h) * scaling in three passes over what is as large as the output, and
+    under autocast it casts the input to A's float32 first, which autocast undoes. Here it is one
+    `torch.addmm` into the base's output: the same function to rounding, and in bfloat16 rounded
+    once and not three times. The model keeps its classes, parameters and names; layers of another
+    kind (dropout, DoRA, a bias, quantised, Conv1D) and calls of another kind are PEFT's. ZeRO-3
+    gathers what a module's call needs, and B is read without one: leave it out there.
+
+    Parameters
+    ----------
+    model
+        Any model, with or without adapters.
+    """
+    layers = [module for module in model.modules() if _is_plain(module)]
+    for layer in layers:
+        layer.forward = _fused_forward(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether a module is PEFT's LoRA of a linear layer, with one adapter and nothing more."""
+    from peft.tuners.lora import Linear
+    from torch import nn
+
+    return (
+        type(module) is Linear
+        and type(module.base_layer) is nn.Linear
+        and list(module.lora_A) == [_ADAPTER]
+        and not module.lora_variant
+        and isinstance(module.lora_dropout[_ADAPTER], nn.Identity)
+        and module.lora_B[_ADAPTER].bias is None
+    )
+
+
+def _fused_forward(layer: LoraLayer) -> Callable[..., Tensor]:
+    import torch
+
+    stock, base = layer.forward, layer.base_layer
+    a, b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        other_call = args or kwargs or layer.disable_adapters or layer.merged
+        cast = x.dtype != a.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        if other_call or cast or layer.active_adapters != [_ADAPTER]:
+            return stock(x, *args, **kwargs)
+        result = base(x)
+        added = torch.addmm(
+            result.flatten(0, -2),
+            a(x).flatten(0, -2),
+            b.weight.t(),
+            alpha=layer.scaling[_ADAPTER],
+        )
+        return added.view_as(result)
+
+    return forward
 
 
 def save_initial(model: PeftModel, out_dir: Path | str, base_model: str = "") -> list[str]:

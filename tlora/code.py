@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -32,14 +32,16 @@ def _guarded(node: ast.If) -> bool:
     return name == "TYPE_CHECKING"
 
 
-def _statements(tree: ast.AST) -> Iterable[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and _guarded(node):
-            for other in node.orelse:
-                yield from (other, *_statements(other))
-            continue
-        yield node
-        yield from _statements(node)
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield all statements below a node; expressions, which hold none, are not looked into."""
+    for name in ("body", "handlers", "cases", "orelse", "finalbody"):
+        for node in getattr(tree, name, ()):
+            if isinstance(node, ast.If) and _guarded(node):
+                for other in node.orelse:
+                    yield from (other, *_statements(other))
+                continue
+            yield node
+            yield from _statements(node)
 
 
 @functools.cache

@@ -318,6 +318,14 @@ def parse(document: Document, schema: type[Strict], extra: Mapping[str, Any] | N
         _fail(document, error, schema.model_fields)
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter:
+    return TypeAdapter(hint)
+
+
 def typed(document: Document, at: tuple[str, ...], kind: type, values: Mapping[str, Any]) -> Any:
     """Build the dataclass `kind` (a source's `Data`, a method's `Options`) from YAML values.
 
@@ -339,8 +347,7 @@ def typed(document: Document, at: tuple[str, ...], kind: type, values: Mapping[s
                 f"{document.where((*at, key))}: {name}: {values[key]!r}: unknown key; "
                 f"{nearest(key, known)}"
             )
-    hints = typing.get_type_hints(kind)
-    checked = {}
+    hints, checked = _hints(kind), {}
     for field in dataclasses.fields(kind):
         place = (*at, field.name)
         if field.name not in values:
@@ -351,7 +358,7 @@ def typed(document: Document, at: tuple[str, ...], kind: type, values: Mapping[s
         if typing.get_origin(hints[field.name]) is tuple and isinstance(value, list):
             value = tuple(value)
         try:
-            checked[field.name] = TypeAdapter(hints[field.name]).validate_python(value, strict=True)
+            checked[field.name] = _adapter(hints[field.name]).validate_python(value, strict=True)
         except ValidationError as error:
             _fail(document, error, known, place)
     try:

@@ -33,6 +33,8 @@ TUNED = (
     *("initialize", "model"),
 )
 CHECKPOINTS = 2
+PASSES = 2
+"""Runs through the samples that a sketch takes."""
 FORMS = 4
 """Models that the adapter gate loads in each number format: base, reloaded, exported, merged."""
 
@@ -371,15 +373,25 @@ class _Estimator:
         return self._started(name, cost)
 
     def _initialize(self, unit: Unit) -> Cost:
+        from tlora import methods
+
         name, spec = unit.names[0], unit.spec
         shapes = self._targets(name, spec["target_modules"])
-        flops = 10 * sum(math.prod(shape) * min(shape) for shape in shapes)
-        cost = self._compute(name, flops, self.assumed.svd_tflops * 1e12)
+        method = methods.load(spec["implementation"])
+        sketches = getattr(method.module, "sketches", None)
+        sketched = sketches is not None and sketches(method.options(spec["options"]))
+        tokens, passes = 0.0, 1
         if "prepare" in unit.inputs:
             found, tokens = self._samples(unit.inputs["prepare"])
             tokens *= min(1, (spec["samples"] or found) / found)
-            forward = self._compute(name, 2 * tokens * self._weights(name))
-            cost.cpu, cost.gpu = cost.cpu + forward.cpu, cost.gpu + forward.gpu
+        if sketched:
+            passes = PASSES
+            cost = self._compute(name, _sketch(shapes, spec["rank"], tokens))
+        else:
+            flops = 10 * sum(math.prod(shape) * min(shape) for shape in shapes)
+            cost = self._compute(name, flops, self.assumed.svd_tflops * 1e12)
+        forward = self._compute(name, passes * 2 * tokens * self._weights(name))
+        cost.cpu, cost.gpu = cost.cpu + forward.cpu, cost.gpu + forward.gpu
         cost.kept = 4 * self._stored(name, spec)
         return self._started(name, cost)
 
@@ -456,6 +468,19 @@ class _Estimator:
     def _score(self, unit: Unit) -> Cost:
         found = self._completions(unit.inputs["generate"])
         return Cost(cpu=self.assumed.start + found / self.assumed.scored, kept=200 * found)
+
+
+def _sketch(shapes: list[tuple[int, ...]], rank: int, tokens: float) -> float:
+    """Return the FLOPs of a sketch beside its forward passes (tlora/subspace.py).
+
+    Of Y = G C for each token and pass, and of products with the weight: one for the first G, two
+    before each further pass and one for the result.
+    """
+    total = 0.0
+    for shape in shapes:
+        rows = min(rank + max(32, rank), *shape)
+        total += 4 * rows * PASSES * (tokens * shape[1] + math.prod(shape))
+    return total
 
 
 def _like(unit: Unit) -> str:
@@ -550,7 +575,8 @@ def table(found: Estimate) -> str:
         "Assumed, N parameters of the model, A trained ones:",
         "  training: 6 N FLOP a token for all weights, 4 N + 6 A for adapters",
         "  calibration: 6 N FLOP a token, covariances 2 N and 2 in^2 a target",
-        "  initialisation: 10 m n min(m, n) FLOP a target, at most; 2 N a token it reads",
+        "  initialisation: 10 m n min(m, n) FLOP a target, at most; 2 N a token it reads; a sketch",
+        "  8 k (m n + n a token) a target with k = max(2 r, r + 32) rows, and 4 N a token",
         "  generation: 2 N FLOP a token of the prompt; a step reads all weights and the cache",
         "  the adapter gate: four models loaded in each number format",
         "  adapters float32, twice the rank after an initialisation, at most; all weights in the",

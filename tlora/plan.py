@@ -56,12 +56,12 @@ class Unit:
         """Twelve hex digits of the spec."""
         return spec.spec_id({"stage": self.stage, **self.spec})
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
         """Where the artefact lies. Names are for people; no path is parsed."""
         return RESULTS.joinpath(self.stage, *self.names, self.id)
 
-    @property
+    @functools.cached_property
     def main(self) -> Path:
         """The file that the next stage is handed."""
         return self.folder / MAIN[self.stage]
@@ -122,10 +122,31 @@ class Choice:
     cells: list[Cell] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Test:
+    """What all runs of a row are asked: two specs without the run's own ids, and their places."""
+
+    generate: spec.Generate
+    score: spec.Score
+    generated: dict[str, Any]
+    scored: dict[str, Any]
+    after: tuple[Unit, ...]
+
+
 def _nothing(*_: Any) -> list:
     return []
 
 
+# The settings that training itself depends on, beside those of the adapter.
+TRAINING = (
+    "learning_rate",
+    "schedule",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "batch_size",
+    "epochs",
+)
 BASE = Row("base", "Base model (untrained)", {})
 
 
@@ -167,7 +188,7 @@ class Plan(Selection):
         found = read_json(path)["settings"] if values is None else values
         model, task, row = choice.model, choice.task, choice.row
         settings = self.settings(model, task, row, found, str(path))
-        choice.cells = [self._cell(model, task, row, seed, settings) for seed in choice.seeds]
+        choice.cells = self._runs(model, task, row, choice.seeds, settings)
         return choice.cells
 
     def _unit(
@@ -202,15 +223,14 @@ class Plan(Selection):
                     if self.preset.tune is not None and seeds:
                         yield self._choice(model, task, row, seeds)
                         continue
-                    for seed in seeds:
-                        yield self._cell(model, task, row, seed, settings)
+                    yield from self._runs(model, task, row, seeds, settings)
 
     def _choice(self, model: str, task: str, row: Row, seeds: list[int]) -> Choice:
         """Return the trials of a row and the job that compares them."""
         trials = []
         for values in self.trials(row.method):
             settings = self.settings(model, task, row, values)
-            trials.append(self._cell(model, task, row, self.preset.tune.seed, settings, values))
+            trials += self._runs(model, task, row, [self.preset.tune.seed], settings, values)
         scores = [trial.scores[VALIDATION] for trial in trials]
         compared = [
             {"settings": dict(trial.trial), "score": score.id}
@@ -227,18 +247,22 @@ class Plan(Selection):
 
     def _base(self, model: str, task: str) -> Cell:
         tests = {name: self._benchmark(name) for name in self.tasks[task][0].benchmarks}
-        generates, scores = self._evaluations(model, task, "base", tests)
+        asked = self._asked(model, task, tests)
+        generates, scores = self._evaluations(model, task, "base", asked)
         return Cell(model, task, BASE, None, {}, {}, generates, scores)
 
-    def _cell(
+    def _runs(
         self,
         model: str,
         task: str,
         row: Row,
-        seed: int,
+        seeds: list[int],
         settings: dict[str, Setting],
         trial: Mapping[str, Any] | None = None,
-    ) -> Cell:
+    ) -> list[Cell]:
+        """Plan a row's runs. What the seed does not change is worked out and checked once."""
+        if not seeds:
+            return []
         config, _, identity = self.models[model]
         shared, document = self.tasks[task]
         method, options = self._implementation(row.method), self._options(row, settings)
@@ -256,7 +280,6 @@ class Plan(Selection):
             [*fetched, *self._fetched("tasks", shared, data, ("train", "validation"))],
         )
         units = {"prepare": prepare}
-        plain_options = dataclasses.asdict(options)
         adapter = {"rank": None, "lora_alpha": None, "target_modules": None}
         if method.adapter:
             adapter = {key: value[key] for key in adapter}
@@ -277,70 +300,76 @@ class Plan(Selection):
                 model, task, row, method, options, value, prepare, identity, place
             )
         initialize = units.get("initialize")
-        train = self._unit(
-            "train",
-            spec.Train(
-                model=identity,
-                prepare=prepare.id,
-                implementation=self.methods[row.method][0].implementation,
-                options=plain_options,
-                initialize=initialize.id if initialize else None,
-                **adapter,
-                **{
-                    key: value[key]
-                    for key in (
-                        "learning_rate",
-                        "schedule",
-                        "warmup_ratio",
-                        "weight_decay",
-                        "max_grad_norm",
-                        "batch_size",
-                        "epochs",
-                    )
-                },
-                seed=seed,
-            ),
-            (model, task, row.method),
-            {"prepare": prepare, "initialize": initialize},
-            {
-                **place,
-                "micro_batch": config.micro_batch,
-                **self._devices(model, task),
-                "cell": {"model": model, "task": task, "method": row.name, "seed": seed}
-                | {"settings": value}
-                | ({} if trial is None else {"trial": dict(trial)}),
-            },
-        )
-        export = self._unit(
-            "export",
-            spec.Export(train.id, self.methods[row.method][0].implementation, plain_options),
-            (model, task, row.method),
-            {"train": train, "initialize": initialize},
-            {**place, "base": identity} if method.merges(options) else {},
-        )
-        check = self._unit(
-            "check",
-            spec.Check(identity, export.id),
-            (model, task, row.method),
-            {
-                "prepare": prepare,
-                "allocate": units.get("allocate"),
-                "initialize": initialize,
-                "train": train,
-                "export": export,
-            },
-            place,
-        )
-        units |= {"train": train, "export": export, "check": check}
+        trained = {
+            "model": identity,
+            "prepare": prepare.id,
+            "implementation": self.methods[row.method][0].implementation,
+            "options": dataclasses.asdict(options),
+            "initialize": initialize.id if initialize else None,
+            **adapter,
+            **{key: value[key] for key in TRAINING},
+        }
         tests = (
             {name: self._benchmark(name) for name in shared.benchmarks}
             if trial is None
             else {VALIDATION: self._validation(task)}
         )
-        generates, scores = self._evaluations(
-            model, task, row.method, tests, export, check, prepare
+        cell = {"settings": value} | ({} if trial is None else {"trial": dict(trial)})
+        at = {**place, "micro_batch": config.micro_batch, **self._devices(model, task)}
+        exported = {**place, "base": identity} if method.merges(options) else {}
+        evaluated = self._asked(model, task, tests, prepare)
+        cells = []
+        for seed in seeds:
+            named = {"model": model, "task": task, "method": row.name, "seed": seed, **cell}
+            after = self._trained(
+                (model, task, row.method),
+                spec.Train(**trained, seed=seed),
+                units,
+                {**at, "cell": named},
+                exported,
+                place,
+            )
+            generates, scores = self._evaluations(
+                model, task, row.method, evaluated, after["export"], after["check"], prepare
+            )
+            made = {**units, **after}
+            cells.append(Cell(model, task, row, seed, settings, made, generates, scores, trial))
+        return cells
+
+    def _trained(
+        self,
+        names: tuple[str, ...],
+        training: spec.Train,
+        made: dict[str, Unit],
+        place: dict[str, Any],
+        exported: dict[str, Any],
+        checked: dict[str, Any],
+    ) -> dict[str, Unit]:
+        """Return the units of a run from training to the check, each with its place."""
+        prepare, initialize = made["prepare"], made.get("initialize")
+        inputs = {"prepare": prepare, "initialize": initialize}
+        train = self._unit("train", training, names, inputs, place)
+        export = self._unit(
+            "export",
+            spec.Export(train.id, training.implementation, training.options),
+            names,
+            {"train": train, "initialize": initialize},
+            exported,
         )
-        return Cell(model, task, row, seed, settings, units, generates, scores, trial)
+        check = self._unit(
+            "check",
+            spec.Check(training.model, export.id),
+            names,
+            {
+                "prepare": prepare,
+                "allocate": made.get("allocate"),
+                "initialize": initialize,
+                "train": train,
+                "export": export,
+            },
+            checked,
+        )
+        return {"train": train, "export": export, "check": check}
 
     def _initialization(
         self,
@@ -409,76 +438,100 @@ class Plan(Selection):
         )
         return units
 
+    def _asked(
+        self,
+        model: str,
+        task: str,
+        tests: Mapping[str, tuple[Benchmark, Document]],
+        prepare: Unit | None = None,
+    ) -> dict[str, _Test]:
+        """Return what every run of a row is asked, by benchmark."""
+        return {name: self._test(model, task, name, *test, prepare) for name, test in tests.items()}
+
+    def _test(
+        self,
+        model: str,
+        task: str,
+        name: str,
+        benchmark: Benchmark,
+        document: Document,
+        prepare: Unit | None,
+    ) -> _Test:
+        config, _, identity = self.models[model]
+        shared, _ = self.tasks[task]
+        if name == VALIDATION:
+            # Carved from the training data, never the test set.
+            own, at = self.tasks[task]
+            data, files = self._data("tasks", task, own, at, [VALIDATION])
+            split, read = {"split": VALIDATION}, VALIDATION
+        else:
+            data, files = self._data("benchmarks", name, benchmark, document, ["test"])
+            split, read = {}, "test"
+        scorer = Scorer(
+            module_of(document, "implementation", "benchmarks", benchmark.implementation)
+        )
+        options = typed(document, ("options",), scorer.options_type, benchmark.options)
+        fields = ("source", "turn_prompt", "max_new_tokens", "num_beams", "stop", "limit")
+        asked = {"data": data, **{key: getattr(benchmark, key) for key in fields}, **split}
+        prompt, backend = benchmark.prompt or shared.prompt, self.preset.backend
+        if benchmark.implementation == LIKELIHOOD:
+            # No text is generated: the probability of the given one is asked for.
+            asked |= {"likelihood": prepare.id, "max_new_tokens": None}
+            prompt, backend = "", "transformers"
+        if hasattr(importlib.import_module(f"tlora.tasks.{benchmark.source}"), "evaluate"):
+            # It has prompts and limits of its own, and an engine.
+            asked |= {"max_new_tokens": None, "stop": []}
+            prompt, backend = "", "transformers"
+        root = self.preset.data_root
+        return _Test(
+            generate=spec.Generate(identity, None, prompt, asked, files, backend),
+            score=spec.Score("", None, benchmark.implementation, dataclasses.asdict(options)),
+            generated={
+                "model": config.path,
+                "revision": config.revision,
+                "data_root": root,
+                "server": self.preset.server if backend == "vllm" else None,
+            },
+            scored={
+                "workers": benchmark.workers,
+                "data_root": root,
+                "unsafe_no_sandbox": self.preset.unsafe_no_sandbox,
+            },
+            after=(
+                *self._fetched_model(model),
+                *self._fetched("benchmarks", benchmark, data, (read,)),
+            ),
+        )
+
     def _evaluations(
         self,
         model: str,
         task: str,
         method: str,
-        tests: Mapping[str, tuple[Benchmark, Document]],
+        tests: Mapping[str, _Test],
         export: Unit | None = None,
         check: Unit | None = None,
         prepare: Unit | None = None,
     ) -> tuple[dict[str, Unit], dict[str, Unit]]:
-        config, _, identity = self.models[model]
-        shared, _ = self.tasks[task]
         generates, scores = {}, {}
-        for name, (benchmark, document) in tests.items():
-            if name == VALIDATION:
-                # Carved from the training data, never the test set.
-                own, at = self.tasks[task]
-                data, files = self._data("tasks", task, own, at, [VALIDATION])
-                split, read = {"split": VALIDATION}, VALIDATION
-            else:
-                data, files = self._data("benchmarks", name, benchmark, document, ["test"])
-                split, read = {}, "test"
-            scorer = Scorer(
-                module_of(document, "implementation", "benchmarks", benchmark.implementation)
-            )
-            options = typed(document, ("options",), scorer.options_type, benchmark.options)
-            fields = ("source", "turn_prompt", "max_new_tokens", "num_beams", "stop", "limit")
-            asked = {"data": data, **{key: getattr(benchmark, key) for key in fields}, **split}
-            prompt, backend = benchmark.prompt or shared.prompt, self.preset.backend
-            if benchmark.implementation == LIKELIHOOD:
-                # No text is generated: the probability of the given one is asked for.
-                asked |= {"likelihood": prepare.id, "max_new_tokens": None}
-                prompt, backend = "", "transformers"
-            if hasattr(importlib.import_module(f"tlora.tasks.{benchmark.source}"), "evaluate"):
-                # It has prompts and limits of its own, and an engine.
-                asked |= {"max_new_tokens": None, "stop": []}
-                prompt, backend = "", "transformers"
+        for name, test in tests.items():
+            names = (model, task, method, name)
+            likelihood = "likelihood" in test.generate.benchmark
             generates[name] = self._unit(
                 "generate",
-                spec.Generate(
-                    identity, export.id if export else None, prompt, asked, files, backend
-                ),
-                (model, task, method, name),
-                {"export": export, "prepare": prepare if "likelihood" in asked else None},
-                {
-                    "model": config.path,
-                    "revision": config.revision,
-                    "data_root": self.preset.data_root,
-                    "server": self.preset.server if backend == "vllm" else None,
-                },
-                [
-                    *self._fetched_model(model),
-                    *self._fetched("benchmarks", benchmark, data, (read,)),
-                ],
+                dataclasses.replace(test.generate, export=export.id if export else None),
+                names,
+                {"export": export, "prepare": prepare if likelihood else None},
+                test.generated,
+                test.after,
             )
+            made, checked = generates[name].id, check.id if check else None
             scores[name] = self._unit(
                 "score",
-                spec.Score(
-                    generates[name].id,
-                    check.id if check else None,
-                    benchmark.implementation,
-                    dataclasses.asdict(options),
-                ),
-                (model, task, method, name),
+                dataclasses.replace(test.score, generate=made, check=checked),
+                names,
                 {"generate": generates[name], "check": check},
-                {
-                    "workers": benchmark.workers,
-                    "data_root": self.preset.data_root,
-                    "unsafe_no_sandbox": self.preset.unsafe_no_sandbox,
-                },
+                test.scored,
             )
         return generates, scores
 

@@ -16,8 +16,9 @@ from tlora.progress import bar
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Elements of a weight that are multiplied at a time: 64 MiB of float32 beside the gradient.
-_CHUNK = 1 << 24
+# Elements of a weight that are multiplied at a time: on a processor what stays in its cache (and
+# below what torch splits over threads), on a GPU 64 MiB of float32 beside the gradient.
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
 
 
 def sensitivity(
@@ -63,10 +64,11 @@ def sensitivity(
     weights = {id(module.weight): module.weight for module in targets.values()}
     totals = dict.fromkeys(weights, 0.0)
     received: set[int] = set()
+    found: dict[int, Tensor] = {}  # of the sample at hand, on the weights' devices
 
     def consume(weight: Tensor) -> None:
-        totals[id(weight)] += _mean_product(weight.detach(), weight.grad)
-        received.add(id(weight))
+        value = _mean_product(weight.detach(), weight.grad)
+        found[id(weight)] = found[id(weight)] + value if id(weight) in found else value
         weight.grad = None
 
     handles = []
@@ -84,6 +86,10 @@ def sensitivity(
                     )
                 loss.backward()
                 del loss
+                for key, value in _read(found).items():
+                    totals[key] += value
+                received.update(found)
+                found.clear()
                 _check_finite(targets, totals, index)
         finally:
             for handle in handles:
@@ -94,14 +100,36 @@ def sensitivity(
     return {name: totals[id(module.weight)] / len(samples) for name, module in targets.items()}
 
 
-def _mean_product(weight: Tensor, gradient: Tensor) -> float:
-    """Return mean |W * G| with float32 products, in pieces so that no large copy exists."""
-    total = 0.0
-    rows = max(1, _CHUNK // max(1, weight[0].numel()))
-    for start in range(0, len(weight), rows):
-        piece = weight[start : start + rows].float() * gradient[start : start + rows].float()
-        total += piece.abs_().sum().item()
-    return total / weight.numel()
+def _mean_product(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Return mean |W * G| as a float64 number on the weight's device, which nothing waits for.
+
+    Products are float32, in pieces, so that no large copy exists.
+    """
+    import torch
+
+    size = _CHUNK.get(weight.device.type, _CHUNK["cuda"])
+    rows = max(1, size // max(1, weight[0].numel()))
+    sums = [
+        (weight[start : start + rows].float() * gradient[start : start + rows].float()).abs_().sum()
+        for start in range(0, len(weight), rows)
+    ]
+    return torch.stack(sums).double().sum() / weight.numel()
+
+
+def _read(values: Mapping[int, Tensor]) -> dict[int, float]:
+    """Return numbers that lie on devices: each device is waited for once."""
+    import torch
+
+    devices: dict[torch.device, list[int]] = {}
+    for key, value in values.items():
+        devices.setdefault(value.device, []).append(key)
+    return {
+        key: number
+        for keys in devices.values()
+        for key, number in zip(
+            keys, torch.stack([values[key] for key in keys]).tolist(), strict=True
+        )
+    }
 
 
 def _check_finite(targets: dict[str, nn.Module], totals: dict[int, float], index: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 ID_DIGITS = 12
@@ -30,8 +30,8 @@ def spec_id(spec: dict[str, Any]) -> str:
 @dataclass(frozen=True)
 class _Spec:
     def as_dict(self) -> dict[str, Any]:
-        """Return the spec as plain builtins."""
-        return asdict(self)
+        """Return the fields by name; what they hold is not copied."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tlora import (
     input_subspaces,
     sensitivity,
 )
-from tlora.adapter import export_adapter, frozen_names, load_initial, save_initial
+from tlora.adapter import export_adapter, frozen_names, fused, load_initial, save_initial
 from tlora.errors import UserError
 from tlora.modules import module_shapes
 from tlora.peft_folder import Stored, read_tensors, write_tensors
@@ -608,3 +608,92 @@ class TestOneCall:
         for subspaces in ({}, {name: torch.zeros(2, 32)}):
             with pytest.raises(UserError, match=r"up_proj: subspace of shape .*expected \(3, 32\)"):
                 build_adapter(tiny("llama"), allocation, subspaces)
+
+
+# -- the fused forward pass of training ------------------------------------------------------------
+
+
+def losses_and_gradients(model, samples):
+    """The loss of each sample, and all gradients of them, each flattened into one tensor."""
+    model.eval()  # no dropout of the model's own
+    model.zero_grad()
+    found = [model(**sample).loss for sample in samples]
+    sum(found).backward()
+    gradients = [p.grad.float().flatten() for p in model.parameters() if p.requires_grad]
+    return torch.stack(found).detach(), torch.cat(gradients)
+
+
+def relative(found, expected) -> float:
+    """The norm of the difference over that of what is expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen", "t5"])
+def test_fused_is_the_same_function(tiny, rows, family, freeze):
+    """To rounding, trained A or not, with biases; afterwards PEFT's own again."""
+    model = fill_b(adapted(tiny, rows, family, freeze_a=freeze)).double()
+    samples = rows(family)
+    expected = losses_and_gradients(model, samples)
+    before = logits(model, samples)
+    with fused(model):
+        assert any("forward" in layer.__dict__ for layer in model.modules())
+        for found, wanted in zip(losses_and_gradients(model, samples), expected, strict=True):
+            assert relative(found, wanted) < 1e-10
+        with model.disable_adapter():
+            plain = logits(model, samples)
+        assert not torch.equal(plain, before)
+    assert not any("forward" in layer.__dict__ for layer in model.modules())
+    assert torch.equal(logits(model, samples), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, samples), plain)
+
+
+def test_fused_bfloat16_is_nearer_to_float32(tiny, rows):
+    """Under autocast, as Trainer trains, what a layer answers is rounded less often."""
+    model = fill_b(adapted(tiny, rows), scale=1.0)
+    layer = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear))
+    x = torch.randn(50, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        layer.base_layer.bfloat16()
+        weight = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+        exact = x.float() @ weight.T
+        stock = layer(x)
+        with fused(model):
+            # Without autocast the two precisions do not mix: PEFT casts.
+            assert torch.equal(layer(x), stock)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            stock = layer(x)
+    assert found.dtype == stock.dtype == torch.bfloat16
+    assert relative(found.float(), exact) < relative(stock.float(), exact) < 0.02
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_autograd_keeps_no_input_of_a_frozen_a(freeze):
+    """What the A branch reads is not kept for the backward pass, only what it makes."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    layers = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
+    if freeze:
+        freeze_a(layers)
+    x, kept = torch.randn(10, 64, requires_grad=True), []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with fused(layers), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layers(x).sum().backward()
+    assert ((10, 64) in kept) is not freeze
+    assert (10, 4) in kept
+
+
+@pytest.mark.parametrize("option", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
+def test_fused_leaves_other_layers_alone(option):
+    """Dropout, DoRA and a bias of B are PEFT's."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    layers = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], **option))
+    with fused(layers):
+        assert not any("forward" in layer.__dict__ for layer in layers.modules())

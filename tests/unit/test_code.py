@@ -82,6 +82,26 @@ def test_every_form_of_import_counts(package: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "class C:\n    from tlora import b",
+        "async def f():\n    async with x:\n        from tlora import b",
+        "for x in y:\n    pass\nelse:\n    from tlora import b",
+        "try:\n    pass\nexcept E:\n    from tlora import b",
+        "try:\n    pass\nexcept* E:\n    pass\nelse:\n    from tlora import b",
+        "try:\n    pass\nfinally:\n    from tlora import b",
+        "match x:\n    case 1:\n        from tlora import b",
+        "if x:\n    pass\nelif y:\n    from tlora import b",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    from tlora import b",
+    ],
+)
+def test_every_place_of_an_import_counts(package: Path, block: str) -> None:
+    """Every statement that holds statements is looked into."""
+    write(package, a=block, b="")
+    assert closure(package, "tlora.a") == ["a.py", "b.py"]
+
+
 def test_type_only_imports_do_not_count(package: Path) -> None:
     """What only a type checker sees decides no result; the other branch does."""
     write(

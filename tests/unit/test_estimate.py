@@ -143,8 +143,24 @@ def test_a_small_model_runs_on_cores() -> None:
     assert cost(found, "train").cpu > 2 * 30
 
 
-def test_calibration_and_initialisation() -> None:
+def test_a_sketch_takes_products_and_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No decomposition: two runs through the samples, and four products with each weight."""
+    from tlora.methods import tlora
+
+    monkeypatch.setattr(tlora, "sketches", tlora.reads_batches, raising=False)
+    found = estimate(plan("tlora"), Assumptions(**PLAIN))
+    tokens, expected = 5 * 100, 4 * N * 5 * 100
+    for out, width in TARGETS.values():
+        rows = min(RANK + 32, out)
+        expected += LAYERS * 8 * rows * (tokens + out) * width
+    assert cost(found, "initialize").gpu == pytest.approx(expected)
+
+
+def test_calibration_and_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """TLoRA: a pass forward and backward; CorDA: forward, and a matrix for every target."""
+    from tlora.methods import tlora
+
+    monkeypatch.delattr(tlora, "sketches", raising=False)
     found = estimate(plan("tlora"), Assumptions(**PLAIN))
     assert cost(found, "calibrate").gpu == pytest.approx(6 * N * 5 * 100)
     assert cost(found, "calibrate").kept == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlora import cli
-from tlora.benchmarks import Context, equivalence, hendrycks_math
+from tlora.benchmarks import Context, equivalence, equivalence_worker, hendrycks_math
 from tlora.benchmarks.equivalence import UNREAD, Verdict, last_boxed, stated_answer
 from tlora.errors import UserError
 
@@ -242,6 +243,43 @@ def test_what_is_decided_without_asking_is_what_math_verify_says() -> None:
     assert None not in decided
     assert decided == equivalence.ask(pairs[:-1])
     assert equivalence._decided(*pairs[-1]) is None
+
+
+def test_quick_parses_are_the_ones_found_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sympy
+    from antlr4.atn.ParserATNSimulator import ParserATNSimulator
+    from latex2sympy2_extended import latex2sympy2
+
+    parser = importlib.import_module("math_verify.parser")
+    texts = {text for gold, answer, _ in JUDGED for text in (gold, answer)}
+    # The first needs the context; the others cannot be parsed.
+    texts |= {"7x^2 + 25x - 11", "\\frac{1}{", "(-\\infty, 3] \\cup [5, 8", "#x", "2 \\%\\% \\frac"}
+    with_context, seen = ParserATNSimulator.execATNWithFullContext, []
+
+    def count(self: object, *arguments: object) -> object:
+        seen.append(arguments)
+        return with_context(self, *arguments)
+
+    monkeypatch.setattr(ParserATNSimulator, "execATNWithFullContext", count)
+
+    def parses() -> dict[str, list]:
+        # math-verify has small caches of its own.
+        for cached in (equivalence_worker._parsed, parser.parse_latex_cached, parser.extract_latex):
+            cached.cache_clear()
+        seen.clear()
+        found = {text: equivalence_worker._parsed(text) for text in sorted(texts)}
+        return {
+            text: [each if isinstance(each, str) else sympy.srepr(each) for each in parsed]
+            for text, parsed in found.items()
+        }
+
+    slow, used = parses(), len(seen)
+    # To be put back.
+    before = latex2sympy2._Latex2Sympy.create_parser
+    monkeypatch.setattr(latex2sympy2._Latex2Sympy, "create_parser", before)
+    equivalence_worker.parse_quickly()
+    assert parses() == slow
+    assert 0 < len(seen) < used / 2
 
 
 @pytest.mark.slow

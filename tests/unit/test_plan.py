@@ -271,6 +271,21 @@ def test_adding_a_method_or_seed_keeps_all_other_ids() -> None:
     assert "prepare" not in new
 
 
+@pytest.mark.parametrize("methods", [["full"], ["lora", "tlora"]])
+def test_runs_of_several_seeds_are_those_of_each_seed_alone(methods: list[str]) -> None:
+    """What a row's runs share is worked out once: also places, inputs and the seed of each."""
+
+    def seen(*seeds: int) -> dict[tuple[str, str], tuple]:
+        found = plan(methods=methods, seeds=list(seeds))
+        assert [c.seed for c in found.cells] == [None, *[s for _ in methods for s in seeds]]
+        return {
+            key: (unit.placement, unit.names, {name: one.id for name, one in unit.inputs.items()})
+            for key, unit in found.units.items()
+        }
+
+    assert seen(1, 2, 3) == seen(1) | seen(2) | seen(3)
+
+
 def test_calibration_is_shared_by_all_methods_of_a_task(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,8 +92,32 @@ def test_one_weight_gradient_at_a_time(tiny, rows, monkeypatch):
 
 def test_products_in_pieces(tiny, rows, monkeypatch):
     whole = sensitivity(tiny("gpt2"), rows("gpt2"), "all-linear")
-    monkeypatch.setattr(home, "_CHUNK", 100)
+    monkeypatch.setitem(home._CHUNK, "cpu", 100)
     assert sensitivity(tiny("gpt2"), rows("gpt2"), "all-linear") == pytest.approx(whole, rel=1e-6)
+
+
+def test_devices_are_waited_for_once_a_sample(tiny, rows, monkeypatch):
+    """Sensitivities stay on their device; what the model itself reads does not count."""
+    model, samples, made = tiny("llama"), rows("llama"), []
+    original, read = home._mean_product, home._read
+    monkeypatch.setattr(home, "_mean_product", lambda *a: made.append(original(*a)) or made[-1])
+    reads = []
+    monkeypatch.setattr(home, "_read", lambda found: reads.append(len(found)) or read(found))
+    home.sensitivity(model, samples, "all-linear")
+    assert reads == [14] * len(samples)
+    assert {(type(value), value.dtype, value.dim()) for value in made} == {
+        (torch.Tensor, torch.float64, 0)
+    }
+
+
+def test_frozen_parameters_get_no_gradient(tiny, rows):
+    model, seen = tiny("llama"), set()
+    handle = model.lm_head.register_forward_hook(
+        lambda *_: seen.update(n for n, p in model.named_parameters() if p.requires_grad)
+    )
+    sensitivity(model, rows("llama"), "all-linear")
+    handle.remove()
+    assert seen == {f"{name}.weight" for name in find_targets(model, "all-linear")}
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -271,7 +295,8 @@ class TestBadInput:
         model = tiny("llama")
         with torch.no_grad():
             model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
-        with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: weight is NaN"):
+        message = r"layers\.1\.self_attn\.v_proj: weight is NaN or infinite at calibration sample 0"
+        with pytest.raises(UserError, match=message):
             sensitivity(model, rows("llama"), "all-linear")
         assert all(p.grad is None for p in model.parameters())
 

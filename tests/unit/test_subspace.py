@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tlora import input_subspaces
+from tlora import input_subspaces, sensitivity
 from tlora.errors import UserError
 from tlora.modules import find_targets, module_shapes, weight_matrix
 from tlora.subspace import covariances, subspace_from_covariance, subspaces_from_file
@@ -248,10 +248,86 @@ def test_sketch_never_forms_the_covariance(tiny, rows):
     assert (32, 48) in shapes
 
 
+def shared(model, samples, expected, ranks, **options):
+    """Subspaces whose first run through the samples is the sensitivity's."""
+    with home.sketching(model, "all-linear", expected) as start:
+        sensitivity(model, samples, "all-linear")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    found = input_subspaces(model, samples, ranks, start=start, **options)
+    assert start == {}
+    return found
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_sensitivity_is_the_first_run(tiny_base, rank, monkeypatch):
+    model, samples, weights, sums, exact = tiny_base
+    samples = [sample | {"labels": sample["input_ids"]} for sample in samples]
+    runs = []
+    original = home._stream
+    monkeypatch.setattr(home, "_stream", lambda *args: (runs.append(1), original(*args))[1])
+    for expected, count in ((8, 1), (rank, 1)):
+        runs.clear()
+        found = shared(model, samples, expected, uniform(model, rank))
+        assert len(runs) == count
+        for name, weight in weights.items():
+            reference = energy(weight, sums[False][name], exact[False][name][:rank])
+            assert energy(weight, sums[False][name], found[name]) >= 0.9999 * reference
+
+
+def test_much_larger_ranks_than_expected_take_a_further_run(tiny, rows, monkeypatch):
+    model, samples = tiny("llama"), rows("llama")
+    for size in ("_size", "_least"):
+        monkeypatch.setattr(home, size, lambda weight, rank: rank)
+    runs = []
+    original = home._stream
+    monkeypatch.setattr(home, "_stream", lambda *args: (runs.append(1), original(*args))[1])
+    for rank, passes, count in ((4, 1, 1), (4, 0, 1), (4, 2, 2), (5, 1, 1), (6, 1, 2)):
+        runs.clear()
+        found = shared(model, samples, 4, uniform(model, rank), passes=passes)
+        assert len(runs) == count
+        for one in found.values():
+            torch.testing.assert_close(one @ one.T, torch.eye(rank), atol=1e-4, rtol=0)
+
+
+def test_what_checkpointing_runs_again_counts_once(tiny, rows):
+    sketches = []
+    for checkpointing in (False, True):
+        model = tiny("llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with home.sketching(model, "all-linear", 4) as start:
+            sensitivity(model, rows("llama"), "all-linear")
+        sketches.append(start)
+    for name, (_, sums) in sketches[0].items():
+        torch.testing.assert_close(sketches[1][name][1], sums, rtol=1e-4, atol=1e-5)
+
+
+def test_start_of_other_targets_is_refused(tiny, rows):
+    model = tiny("llama")
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: is no target"):
+        input_subspaces(model, rows("llama"), uniform(model, 2), start={})
+
+
+def test_the_head_as_a_target_sees_all_tokens(tiny, rows):
+    model = tiny("llama")
+    for target in ("lm_head", "model.layers.1.mlp.down_proj"):
+        matrices, _ = covariances(model, rows("llama"), [target])
+        with torch.no_grad():
+            totals = []
+            handle = model.get_submodule(target).register_forward_pre_hook(
+                lambda _, arguments, totals=totals: totals.append(arguments[0][0])
+            )
+            for sample in rows("llama"):
+                model(sample["input_ids"])
+            handle.remove()
+        expected = sum(x.T @ x for x in totals) / len(totals)
+        torch.testing.assert_close(matrices[target], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_oversampling():
     weight = torch.eye(500)
     assert home._first_test(weight, 4, "a").shape == (4 + 32, 500)
-    assert home._first_test(weight, 200, "a").shape == (200 + 50, 500)
+    assert home._first_test(weight, 200, "a").shape == (400, 500)
     assert home._first_test(weight[:40], 20, "a").shape == (40, 500)
 
 

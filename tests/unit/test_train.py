@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from tlora.artefact import stamped
 from tlora.checkpoints import delete_torn, last_checkpoint, seal
 from tlora.errors import UserError
-from tlora.stages.train import Log, sample_order
+from tlora.stages.train import Log, cut, sample_order
 from tlora.tasks import tokenised
 
 sizes = st.integers(1, 60)
@@ -63,6 +65,115 @@ def test_order_is_not_the_files() -> None:
     assert dropped == 2
     assert order != sorted(order)
     assert sample_order(42, 1, 1, 1)[0][:40] == order
+
+
+# -- micro batches ---------------------------------------------------------------------------------
+
+
+def batch_of(lengths: list[int]) -> list[dict[str, Any]]:
+    """Return samples of these lengths."""
+    return [
+        {"id": str(index), "input_ids": [1] * length, "labels": [1] * length}
+        for index, length in enumerate(lengths)
+    ]
+
+
+def padded(part: list[dict[str, Any]]) -> int:
+    """Return the tokens of a micro batch."""
+    return len(part) * max(len(sample["input_ids"]) for sample in part)
+
+
+def drawn(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return samples whose lengths are like MetaMathQA's."""
+    generator = random.Random(seed)
+    return batch_of([min(512, round(generator.lognormvariate(5.4, 0.55))) for _ in range(count)])
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), data=st.data())
+def test_micro_batches_are_the_best_cut(lengths: list[int], data: st.DataObject) -> None:
+    """Every sample once; of all cuts that fit memory the least sum of squares."""
+    batch = batch_of(lengths)
+    least = data.draw(st.integers(1, len(lengths)))
+    count = data.draw(st.integers(least, len(lengths)))
+    parts = tokenised.micro_batches(batch, count, least)
+    assert len(parts) == count and all(parts)
+    flat = [sample for part in parts for sample in part]
+    assert sorted(s["id"] for s in flat) == sorted(s["id"] for s in batch)
+    ordered = sorted(lengths, reverse=True)
+    assert [len(sample["input_ids"]) for sample in flat] == ordered
+    limit = ordered[0] * math.ceil(len(lengths) / least)
+    assert max(map(padded, parts)) <= limit
+
+    def squares(ends: tuple[int, ...]) -> float:
+        cut = list(zip([0, *ends], [*ends, len(ordered)], strict=True))
+        tokens = [ordered[start] * (end - start) for start, end in cut]
+        return sum(t**2 for t in tokens) if max(tokens) <= limit else math.inf
+
+    best = min(map(squares, itertools.combinations(range(1, len(ordered)), count - 1)))
+    assert sum(padded(part) ** 2 for part in parts) == best
+
+
+def test_micro_batches_of_like_length_are_padded_less() -> None:
+    """At least 1.3 times fewer tokens than random ones of 8, and no larger ones."""
+    for size in (32, 64, 128):
+        for seed in range(5):
+            batch = drawn(size, seed)
+            theirs = [padded(batch[at : at + 8]) for at in range(0, size, 8)]
+            ours = [padded(part) for part in tokenised.micro_batches(batch, size // 8)]
+            assert sum(theirs) > 1.3 * sum(ours)
+            assert max(theirs) > max(ours)
+
+
+def test_memory_goes_before_less_padding() -> None:
+    """The least sum of squares, 2 x 6 and 4 x 5 tokens, is more at once than 3 x 6."""
+    parts = tokenised.micro_batches(batch_of([4, 5, 6, 4, 5, 6]), 2)
+    assert [len(part) for part in parts] == [3, 3]
+
+
+def test_samples_of_one_length_are_shared_out_evenly() -> None:
+    assert [len(p) for p in tokenised.micro_batches(batch_of([9] * 16), 4)] == [4, 4, 4, 4]
+
+
+def test_encoder_and_decoder_are_padded_apart() -> None:
+    """The longest input and the longest labels of a micro batch may be different samples'."""
+    lengths = [(70, 50), (10, 90), (20, 80), (30, 40)]
+    batch = [{"input_ids": [1] * a, "labels": [1] * b} for a, b in lengths]
+    assert [len(part) for part in tokenised.micro_batches(batch, 2, 1)] == [1, 3]
+
+
+def test_more_passes_where_they_pay() -> None:
+    """Not for equal or short samples; for others up to twice as many, and no more than samples."""
+    pays = tokenised.passes_that_pay
+    assert pays([batch_of([300] * 8)], 1) == 1
+    assert pays([batch_of([10, 20, 30, 40, 10, 20, 30, 40])], 1) == 1
+    assert pays([drawn(8, seed) for seed in range(20)], 1) == 2
+    assert pays([batch_of([4000] * 2 + [10] * 2)], 2, devices=2) == 2
+    assert 4 < pays([drawn(32, seed) for seed in range(20)], 4) <= 8
+
+
+@pytest.mark.parametrize("micro", [8, 16])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("deepspeed", [None, "zero2.json"])
+def test_cut_keeps_the_samples_of_every_step(
+    micro: int, processes: int, deepspeed: str | None
+) -> None:
+    """Whatever the number of processes; ZeRO has the passes that memory asks for."""
+    batches = [drawn(32, seed) for seed in range(6)]
+    place = {"micro_batch": micro, "processes": processes, "deepspeed": deepspeed}
+    passes, parts = cut(batches, place)
+    count = passes * processes
+    assert len(parts) == count * len(batches)
+    for number, batch in enumerate(batches):
+        step = parts[number * count : (number + 1) * count]
+        found = sorted(int(sample["id"]) for part in step for sample in part)
+        assert found == list(range(32))
+        assert [len(sample["input_ids"]) for part in step for sample in part] == sorted(
+            (len(sample["input_ids"]) for sample in batch), reverse=True
+        )
+    least = max(1, 32 // micro // processes)
+    assert passes == least if deepspeed else least <= passes <= 2 * least
+    if not deepspeed and (micro, processes) == (16, 1):
+        assert passes > least
 
 
 # -- partial state ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -140,11 +141,17 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     from safetensors.torch import save_file
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+    from tlora.adapter import fused
+
     work = Path(place["work"])
     samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
     order, dropped = sample_order(len(samples), spec["batch_size"], spec["epochs"], spec["seed"])
     steps = len(order) // spec["batch_size"]
-    micro, passes = split(spec["batch_size"], place.get("micro_batch"), processes(place))
+    batches = [
+        [samples[index] for index in order[start : start + spec["batch_size"]]]
+        for start in range(0, len(order), spec["batch_size"])
+    ]
+    passes, parts = cut(batches, place)
     alone, on_cpu = world_size() == 1, not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed it says so otherwise
@@ -164,7 +171,7 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     log = Log(work, steps, spec["epochs"])
     arguments = TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=micro,
+        per_device_train_batch_size=1,  # a micro batch
         gradient_accumulation_steps=passes,
         max_steps=steps,
         learning_rate=spec["learning_rate"],
@@ -195,7 +202,7 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     frozen = frozen_digests(model)
 
     class InOrder(*([mixin] if mixin else []), Trainer):
-        """The samples are in the order of training already."""
+        """The micro batches are in the order of training already."""
 
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             from torch.utils.data import SequentialSampler
@@ -219,14 +226,14 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     trainer = InOrder(
         model=model,
         args=arguments,
-        train_dataset=[samples[index] for index in order],
-        data_collator=lambda rows: tokenised.collate(rows, pad),
+        train_dataset=parts,
+        data_collator=lambda rows: tokenised.collate(rows[0], pad),
         **{**extra, "callbacks": callbacks},
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
     log.start(checkpoint)
-    with stop.listening():
+    with stop.listening(), contextlib.nullcontext() if deepspeed else fused(model):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.signal and trainer.state.global_step < steps:
         logger.warning("signal %d: stopped after step %d", stop.signal, trainer.state.global_step)
@@ -322,6 +329,41 @@ def sample_order(count: int, batch_size: int, epochs: float, seed: int) -> tuple
         order += epoch[: steps_an_epoch * batch_size]
     full_epochs = math.ceil(steps / steps_an_epoch)
     return order[: steps * batch_size], full_epochs * (count - steps_an_epoch * batch_size)
+
+
+def cut(batches: list[list[dict]], place: dict[str, Any]) -> tuple[int, list[list[dict]]]:
+    """Cut global batches into micro batches of samples of like length.
+
+    What an optimizer step sees, and how it weighs each token, is the same for any cut.
+
+    Parameters
+    ----------
+    batches
+        Global batches of samples.
+    place
+        `micro_batch`: so many of the longest samples fit into one pass; `processes`, `deepspeed`.
+
+    Returns
+    -------
+    passes : int
+        Passes of each process for an optimizer step.
+    parts : list of lists of samples
+        The micro batches in the order of training. Of n processes each takes every n-th.
+
+    Raises
+    ------
+    UserError
+        Where a global batch does not divide.
+    """
+    devices = processes(place)
+    _, least = split(len(batches[0]), place.get("micro_batch"), devices)
+    # ZeRO moves weights and gradients between the processes in every pass.
+    passes = least
+    if not place.get("deepspeed"):
+        passes = tokenised.passes_that_pay(batches, least, devices)
+    count, fits = passes * devices, least * devices
+    parts = [part for batch in batches for part in tokenised.micro_batches(batch, count, fits)]
+    return passes, parts
 
 
 class Log:
