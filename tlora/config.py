@@ -40,7 +40,9 @@ class Model(Strict):
     revision: str | None = Field(None, description="commit of the hub repository")
     architecture: Literal["causal", "seq2seq"] = "causal"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    micro_batch: int | None = Field(None, gt=0, description="samples a forward pass; placement")
+    micro_batch: int | None = Field(
+        None, gt=0, description="so many of the longest samples fit in a forward pass; placement"
+    )
     gpus: int | None = Field(None, gt=0, description="GPUs of a training job; placement")
     processes: int | None = Field(None, gt=0, description="default: one a GPU; placement")
     deepspeed: str | None = Field(None, description="a file of config/deepspeed; placement")

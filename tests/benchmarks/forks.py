@@ -25,7 +25,8 @@ models: [tiny]
 tasks: [arithmetic]
 methods: [lora]
 seeds: [1]
-set: {data.train: 8, data.validation: 4, data.test: 4, batch_size: 4, max_new_tokens: 2}
+set: {data.train: 8, data.validation: 4, data.test: 4, batch_size: 4}
+overrides: [{benchmarks: [arithmetic], set: {data.test: 4, max_new_tokens: 2}}]
 """
 
 

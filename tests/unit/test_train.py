@@ -174,6 +174,7 @@ def test_cut_keeps_the_samples_of_every_step(
     assert passes == least if deepspeed else least <= passes <= 2 * least
     if not deepspeed and (micro, processes) == (16, 1):
         assert passes > least
+    assert cut(batches, place, free=False)[0] == least
 
 
 # -- partial state ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import math
@@ -151,7 +152,6 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
         [samples[index] for index in order[start : start + spec["batch_size"]]]
         for start in range(0, len(order), spec["batch_size"])
     ]
-    passes, parts = cut(batches, place)
     alone, on_cpu = world_size() == 1, not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed it says so otherwise
@@ -164,6 +164,7 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     widened = halved and not method.adapter and not deepspeed
     model = load_model({**spec["model"], **({"dtype": "float32"} if widened else {})}, place)
     total = sum(parameter.numel() for parameter in model.parameters())
+    passes, parts = cut(batches, place, _weighs_tokens(model))
     model = _adapted(method, options, model, spec, inputs)
     if halved and deepspeed:
         _round(model)  # as DeepSpeed will: what is frozen is noted as it will be
@@ -331,7 +332,17 @@ def sample_order(count: int, batch_size: int, epochs: float, seed: int) -> tuple
     return order[: steps * batch_size], full_epochs * (count - steps_an_epoch * batch_size)
 
 
-def cut(batches: list[list[dict]], place: dict[str, Any]) -> tuple[int, list[list[dict]]]:
+def _weighs_tokens(model: PreTrainedModel) -> bool:
+    """Tell whether a model can be told how many tokens its loss is the mean of, as Trainer asks."""
+    if hasattr(model, "accepts_loss_kwargs"):
+        return model.accepts_loss_kwargs
+    kinds = {one.kind for one in inspect.signature(model.forward).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def cut(
+    batches: list[list[dict]], place: dict[str, Any], free: bool = True
+) -> tuple[int, list[list[dict]]]:
     """Cut global batches into micro batches of samples of like length.
 
     What an optimizer step sees, and how it weighs each token, is the same for any cut.
@@ -342,6 +353,9 @@ def cut(batches: list[list[dict]], place: dict[str, Any]) -> tuple[int, list[lis
         Global batches of samples.
     place
         `micro_batch`: so many of the longest samples fit into one pass; `processes`, `deepspeed`.
+    free
+        Whether there may be more passes than memory asks for. Not for models whose loss is the mean
+        over a micro batch: a token would weigh more in a micro batch with few of them.
 
     Returns
     -------
@@ -359,7 +373,7 @@ def cut(batches: list[list[dict]], place: dict[str, Any]) -> tuple[int, list[lis
     _, least = split(len(batches[0]), place.get("micro_batch"), devices)
     # ZeRO moves weights and gradients between the processes in every pass.
     passes = least
-    if not place.get("deepspeed"):
+    if free and not place.get("deepspeed"):
         passes = tokenised.passes_that_pay(batches, least, devices)
     count, fits = passes * devices, least * devices
     parts = [part for batch in batches for part in tokenised.micro_batches(batch, count, fits)]
