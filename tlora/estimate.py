@@ -473,13 +473,13 @@ class _Estimator:
 def _sketch(shapes: list[tuple[int, ...]], rank: int, tokens: float) -> float:
     """Return the FLOPs of a sketch beside its forward passes (tlora/subspace.py).
 
-    Of Y = G C for each token and pass, and of products with the weight: one for the first G, two
-    before each further pass and one for the result.
+    Of Y = G C for each token and pass, and of products with the weight: two before each further
+    pass and one for the result.
     """
     total = 0.0
     for shape in shapes:
-        rows = min(rank + max(32, rank), *shape)
-        total += 4 * rows * PASSES * (tokens * shape[1] + math.prod(shape))
+        rows = min(rank + max(32, 1.25 * rank), *shape)
+        total += rows * (4 * PASSES * tokens * shape[1] + (4 * PASSES - 2) * math.prod(shape))
     return total
 
 
@@ -576,7 +576,7 @@ def table(found: Estimate) -> str:
         "  training: 6 N FLOP a token for all weights, 4 N + 6 A for adapters",
         "  calibration: 6 N FLOP a token, covariances 2 N and 2 in^2 a target",
         "  initialisation: 10 m n min(m, n) FLOP a target, at most; 2 N a token it reads; a sketch",
-        "  8 k (m n + n a token) a target with k = max(2 r, r + 32) rows, and 4 N a token",
+        "  6 k m n + 8 k n a token with k = r + max(32, 1.25 r) rows a target, and 4 N a token",
         "  generation: 2 N FLOP a token of the prompt; a step reads all weights and the cache",
         "  the adapter gate: four models loaded in each number format",
         "  adapters float32, twice the rank after an initialisation, at most; all weights in the",

@@ -206,13 +206,13 @@ def operations(layers: dict, options: argparse.Namespace) -> dict[str, float]:
     tokens = options.samples * options.tokens
     weights = sum(layer.weight.numel() for layer in layers.values())
     head = options.vocabulary * options.width
-    size = options.rank + max(32, options.rank)
+    size = options.rank + max(32, math.ceil(1.25 * options.rank))
     inputs = sum(layer.weight.shape[1] for layer in layers.values())
     return {
         "sensitivity's passes": tokens * (6 * weights + 4 * head),
         "the sketch's own forward pass": tokens * 2 * weights,
         "streaming the sketch": 2 * tokens * 4 * size * inputs,
-        "products of the sketch with the weights": 8 * size * weights,
+        "products of the sketch with the weights": 6 * size * weights,
     }
 
 
@@ -432,7 +432,7 @@ def disk(options: argparse.Namespace) -> None:
         f"{shared / 1e9:.1f} GB; {each / 1e9:.1f} GB",
         f"{shared / kept:.0f} x; {each / kept:.0f} x less",
     )
-    size = rank + max(32, rank)
+    size = rank + max(32, math.ceil(1.25 * rank))
     sketch = 2 * 4 * layers * sum(min(size, m, n) * n for m, n in zip(outputs, inputs, strict=True))
     measuring.row(
         f"the same in memory: sketch (G and Y, {size} rows each) beside the covariances",
@@ -517,6 +517,7 @@ def main() -> None:
     parser.add_argument("--peft", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--only", choices=["compare", "flat", "memory"], help="one part alone")
     parser.add_argument("--side", choices=["ours", "full"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.small:
@@ -545,9 +546,9 @@ def main() -> None:
     elif options.disk:
         disk(options)
     else:
-        compare(options)
-        flat(options)
-        memory(options)
+        parts = {"compare": compare, "flat": flat, "memory": memory}
+        for name in (options.only,) if options.only else parts:
+            parts[name](options)
         if options.small:
             peft_methods(options)
             disk(options)

@@ -1,13 +1,15 @@
 """What starting each verb of the command line costs beside importing everything the project uses.
 
-    python tests/benchmarks/start_up.py [--breakdown]
+    python tests/benchmarks/start_up.py [--breakdown] [--floors]
 
 A grid of one run and the base model is made once by real snakemake, a process a job; each verb's
 process notes at its end which modules it had loaded, in their order. Then processes that import the
 same modules and nothing else are timed, in turn with one that imports torch, transformers with its
 Trainer, peft, datasets, pandas, mlflow and all of tlora; medians. Verbs that start no job are timed
 whole. The bare start of Python, the same on both sides, is in all times. `--breakdown` prints what
-`-X importtime` says of the dearest packages of each verb instead.
+`-X importtime` says of the dearest packages of each verb instead. `--floors` times what the
+libraries themselves take, without a line of tlora, to load a tokenizer, a model, a model with an
+adapter and a Trainer: no verb that needs one can start faster.
 """
 
 from __future__ import annotations
@@ -76,6 +78,22 @@ path = os.path.join({notes!r}, sys.argv[1] + ".json")
 if status == 0 and not os.path.exists(path):
     json.dump(found, open(path, "w"))
 sys.exit(status)
+"""
+FLOORS = {
+    "a tokenizer": "AutoTokenizer.from_pretrained(folder)",
+    "a model": "AutoModelForCausalLM.from_pretrained(folder)",
+    "a model with an adapter": "from peft import LoraConfig, get_peft_model\n"
+    "get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig())",
+    "a Trainer of a model with an adapter": "from peft import LoraConfig, get_peft_model\n"
+    "model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig())\n"
+    "Trainer(model, TrainingArguments(report_to=[], use_cpu=True))",
+}
+FLOOR = """\
+import sys
+folder = "workflow/resources/tiny"
+from transformers import {names}
+{code}
+print(len(sys.modules))
 """
 # Verbs that start no job, with their arguments.
 PLAIN = {
@@ -153,6 +171,13 @@ class Checkout:
         """Return the command of a verb that starts no job, without notes."""
         return [sys.executable, "-c", WHOLE, *PLAIN[verb]]
 
+    def floor(self, what: str) -> list[str]:
+        """Return the command that loads something with the libraries alone."""
+        known = ("AutoTokenizer", "AutoModelForCausalLM", "Trainer", "TrainingArguments")
+        code = FLOORS[what]
+        names = [name for name in known if f"{name}(" in code or f"{name}." in code]
+        return [sys.executable, "-c", FLOOR.format(names=", ".join(names), code=code)]
+
     def breakdown(self, command: list[str]) -> str:
         """Return the dearest packages of a process: milliseconds of their own modules."""
         told = self.run(sys.executable, "-X", "importtime", *command[1:])
@@ -169,15 +194,19 @@ def main() -> None:
     parser = measuring.parser(__doc__)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--breakdown", action="store_true", help="where the time goes, no rows")
+    parser.add_argument("--floors", action="store_true", help="only what the libraries take")
     options = parser.parse_args()
     if options.small:
         options.repeat = 1
     with tempfile.TemporaryDirectory() as root:
         checkout = Checkout(Path(root))
-        verbs = [] if options.small else checkout.make()
+        verbs = [] if options.small or options.floors else checkout.make()
         commands = {verb: checkout.replay(verb) for verb in verbs}
         plain = ["--help", "validate"] if options.small else list(PLAIN)
-        commands |= {verb: checkout.plain(verb) for verb in plain if verb not in commands}
+        if options.floors:
+            commands = {what: checkout.floor(what) for what in FLOORS}
+        else:
+            commands |= {verb: checkout.plain(verb) for verb in plain if verb not in commands}
         if options.breakdown:
             for verb, command in commands.items():
                 print(f"{verb}: {checkout.breakdown(command)}", flush=True)
@@ -199,10 +228,14 @@ def main() -> None:
         versions = measuring.machine("torch", "transformers", "peft", "mlflow")
         measuring.header()
         for verb in commands:
-            what = "what a job imports" if verb in verbs else "the whole process"
+            what = f"`tlora {verb}`: the whole process"
+            if verb in verbs:
+                what = f"`tlora {verb}`: what a job imports"
+            elif options.floors:
+                what = f"the libraries alone, to load {verb}"
             ours = f"{seconds[verb]:.2f} s, {modules[verb]:,} modules"
             ratio = seconds[verb] / seconds[""]
-            measuring.row(f"`tlora {verb}`: {what}", ours, theirs, ratio, versions)
+            measuring.row(what, ours, theirs, ratio, versions)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> None:
         if algorithm == "exact":
             exact = {name: energy(name, rows) for name, rows in found.items()}
         else:
-            oversampled = {n: r + max(32, -(-r // 4)) for n, r in ranks.items()}
+            oversampled = {n: r + max(32, -(-5 * r // 4)) for n, r in ranks.items()}
             kept = 2 * sum(min(oversampled[n], *w.shape) * w.shape[1] for n, w in weights.items())
         least = min(energy(name, rows) / exact[name] for name, rows in found.items())
         print(f"{algorithm:9}  {passes:6}  {seconds:8.2f}  {kept:13}  {least:13.7f}")

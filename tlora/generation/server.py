@@ -33,12 +33,8 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("TLORA_SERVER_KEY", "OPENAI_API_KEY")
 """Where the key is looked for: the first variable that is set."""
-TOGETHER = 16
-"""Prompts of a request: to take one apiece costs a server more than the tokens of a small model."""
-PARALLEL = 8
-"""Requests that a job has under way, of `TOGETHER` prompts each."""
-ALONE = 64
-"""Requests under way where prompts draw their tokens: a request has one seed."""
+PARALLEL = 64
+"""Requests that a job has under way."""
 GROUP = 32
 """Completions that are handed on at a time; fewer lose less when a job is killed."""
 WAITS = (1, 2, 4, 8, 16, 32)
@@ -321,59 +317,38 @@ class ServerBackend:
     def _stream(
         self, prompts: list[Prompt], max_new_tokens: int, stop: list[str]
     ) -> Iterator[list[Completion]]:
-        parts = self._parts(prompts, max_new_tokens)
-        alone = all(len(part) == 1 for part in parts)
-        pool = ThreadPoolExecutor(ALONE if alone else PARALLEL)
+        pool = ThreadPoolExecutor(PARALLEL)
         try:
-            running: set[Future[list[Completion]]] = {
-                pool.submit(self._complete, part, max_new_tokens, stop) for part in parts
+            running: set[Future[Completion]] = {
+                pool.submit(self._complete, prompt, max_new_tokens, stop) for prompt in prompts
             }
             group: list[Completion] = []
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    group += future.result()
+                group += [future.result() for future in finished]
                 if len(group) >= GROUP or not running:
                     yield group
                     group = []
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _parts(self, prompts: list[Prompt], max_new_tokens: int) -> list[list[Prompt]]:
-        """Return the prompts of each request, which share their settings."""
-        alike: dict[object, list[Prompt]] = {}
-        for prompt in prompts:
-            key = prompt.id if prompt.temperature else self.rules.limit(prompt, max_new_tokens)
-            alike.setdefault(key, []).append(prompt)
-        return [
-            part[at : at + TOGETHER]
-            for part in alike.values()
-            for at in range(0, len(part), TOGETHER)
-        ]
+    def _complete(self, prompt: Prompt, max_new_tokens: int, stop: list[str]) -> Completion:
+        limit = self.rules.limit(prompt, max_new_tokens)
+        tokens = self._tokens(prompt, limit, stop)
+        item = self.rules.completion(prompt, tokens, limit, stop)
+        if item.finish_reason == "length" and len(tokens) < limit:
+            # It saw a stop string that the text as a whole does not hold.
+            item = self.rules.completion(prompt, self._tokens(prompt, limit, []), limit, stop)
+        return item
 
-    def _complete(
-        self, prompts: list[Prompt], max_new_tokens: int, stop: list[str]
-    ) -> list[Completion]:
-        limit = self.rules.limit(prompts[0], max_new_tokens)
-        items = []
-        for prompt, tokens in zip(prompts, self._tokens(prompts, limit, stop), strict=True):
-            item = self.rules.completion(prompt, tokens, limit, stop)
-            if item.finish_reason == "length" and len(tokens) < limit:
-                # It saw a stop string that the text as a whole does not hold.
-                (tokens,) = self._tokens([prompt], limit, [])
-                item = self.rules.completion(prompt, tokens, limit, stop)
-            items.append(item)
-        return items
-
-    def _tokens(self, prompts: list[Prompt], limit: int, stop: list[str]) -> list[list[int]]:
+    def _tokens(self, prompt: Prompt, limit: int, stop: list[str]) -> list[int]:
         """Return what the server generates, up to a stop string or end token inclusive."""
-        first, *others = prompts
         # What is left out would be filled in from the model's own settings.
         body = {
             "model": self.model,
-            "prompt": [list(prompt.input_ids) for prompt in prompts],
+            "prompt": list(prompt.input_ids),
             "max_tokens": limit,
-            "temperature": first.temperature,
+            "temperature": prompt.temperature,
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
@@ -384,8 +359,8 @@ class ServerBackend:
             "stop_token_ids": sorted(self.rules.ends),
             "return_token_ids": True,
         }
-        if first.temperature:
-            body["seed"] = first.seed
+        if prompt.temperature:
+            body["seed"] = prompt.seed
         loads = self.loads
         try:
             try:
@@ -399,13 +374,12 @@ class ServerBackend:
                         self.load_adapter()
                 answer = self.client.post("/v1/completions", body)
         except Refused as refusal:
-            if others:  # to tell which one it is
-                return [self._tokens([prompt], limit, stop)[0] for prompt in prompts]
-            raise UserError(f"server: {self.client.url}: item {first.id!r}: {refusal}") from refusal
+            raise UserError(
+                f"server: {self.client.url}: item {prompt.id!r}: {refusal}"
+            ) from refusal
         choices = answer.get("choices") if isinstance(answer, dict) else None
-        choices = sorted(choices or [], key=lambda choice: choice.get("index", 0))
-        tokens = [choice.get("token_ids") for choice in choices]
-        if len(tokens) != len(prompts) or None in tokens:
+        tokens = choices[0].get("token_ids") if choices else None
+        if tokens is None:
             raise UserError(
                 f"server: {self.client.url}: answers without token_ids: expected a vLLM server"
             )
