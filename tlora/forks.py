@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 
 VERBS = frozenset({"prepare", "calibrate", "initialize", "train", "export", "check", "generate"})
@@ -25,6 +26,7 @@ VARIABLE = "TLORA_FORKS"
 """Environment variable: the server's socket; "off" where none is wanted."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_begun: list[subprocess.Popen[bytes]] = []  # dropping one would close its pipe
 _LONGEST = 100  # bytes that the path of a socket may have everywhere
 
 
@@ -35,7 +37,6 @@ def begin() -> None:
     """
     import atexit
     import shutil
-    import subprocess
     import tempfile
 
     from tlora.devices import devices
@@ -54,12 +55,13 @@ def begin() -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}; from tlora.forks import serve"
         # It ends when the pipe is closed, also by the death of this process; a terminal's signals
         # reach jobs by those who called.
-        subprocess.Popen(
+        server = subprocess.Popen(
             [sys.executable, "-c", f"{code}; serve({number})"],
             stdin=subprocess.PIPE,
             pass_fds=[number],
             start_new_session=True,
         )
+    _begun.append(server)
     os.environ[VARIABLE] = path
 
 

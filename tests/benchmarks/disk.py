@@ -11,12 +11,9 @@ last row is what calibration keeps of a model of Llama-2-7B's shape.
 from __future__ import annotations
 
 import stat
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measuring
 
@@ -26,13 +23,6 @@ STAGES += ("score", "overlap", "comparison")
 OWN = {".lease", ".snakemake_timestamp"}
 """Notes of the workflow, in the folders of all stages."""
 METHODS = ("tlora",)
-PRESET = """\
-models: [random]
-tasks: [arithmetic]
-methods: [{methods}]
-seeds: [1]
-set: {{data.train: 40, data.validation: 8, data.test: 8, batch_size: 4, calibration_samples: 8}}
-"""
 
 
 def main() -> None:
@@ -53,7 +43,7 @@ def main() -> None:
 
 def made(folder: Path) -> Path:
     """Run a small grid and return its results."""
-    from contract.grid import make_grid
+    from contract.grid import PRESET, make_grid
 
     grid = make_grid(ROOT, folder, PRESET, methods=METHODS)
     for stage in STAGES[:-2]:

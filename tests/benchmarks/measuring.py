@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+# What tests and measurements share lies beside this folder.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 PACKAGES = ("torch", "transformers", "peft")
 
 # The peak of a process counts what its parent had when it was started; this parent has little.

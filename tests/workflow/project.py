@@ -17,10 +17,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ENTRIES = (
-    *("Snakefile", "README.md", "config", "envs", "local", "profiles", "slurm", "tlora"),
-    "workflow",
-)
 MINI = "config/mini.yaml"
 
 # The smallest grid that has every stage: one task cut to a few samples, one seed.

@@ -115,9 +115,9 @@ def passes_that_pay(
     total = dict.fromkeys(range(passes, max(passes, most) + 1), 0.0)
     for batch in batches[:LOOKED_AT]:
         tokens = _padded_tokens(_longest_first(batch))
-        limit = _limit(tokens, passes * devices)
+        choices = _choices(tokens, max(total) * devices, _limit(tokens, passes * devices))
         for count in total:
-            ends = _ends(tokens, count * devices, limit)
+            ends = _ends(choices, count * devices, len(batch))
             total[count] += sum(tokens[i, j] for i, j in zip([0, *ends], ends, strict=False))
             total[count] += count * devices * PASS_TOKENS
     return min(total, key=total.__getitem__)
@@ -148,7 +148,8 @@ def micro_batches(
     """
     samples = _longest_first(batch)
     tokens = _padded_tokens(samples)
-    ends = _ends(tokens, count, _limit(tokens, least or count))
+    choices = _choices(tokens, count, _limit(tokens, least or count))
+    ends = _ends(choices, count, len(samples))
     return [samples[i:j] for i, j in zip([0, *ends], ends, strict=False)]
 
 
@@ -179,17 +180,22 @@ def _limit(tokens: np.ndarray, count: int) -> float:
     return max(float(tokens[i, min(i + size, samples)]) for i in range(0, samples, size))
 
 
-def _ends(tokens: np.ndarray, count: int, limit: float) -> list[int]:
-    """Return where the micro batches end."""
+def _choices(tokens: np.ndarray, most: int, limit: float) -> list[np.ndarray]:
+    """Return, for 2 to `most` micro batches and every end of the last, where it best begins."""
     import numpy as np
 
     cost = np.where(tokens <= limit, tokens**2, np.inf)
     best, choices = cost[0], []
-    for _ in range(count - 1):
+    for _ in range(most - 1):
         sums = best[:, None] + cost
         choices.append(sums.argmin(axis=0))
         best = sums.min(axis=0)
-    ends = [len(tokens) - 1]
-    for choice in reversed(choices):
+    return choices
+
+
+def _ends(choices: list[np.ndarray], count: int, samples: int) -> list[int]:
+    """Return where `count` micro batches end."""
+    ends = [samples]
+    for choice in reversed(choices[: count - 1]):
         ends.append(int(choice[ends[-1]]))
     return ends[::-1]
