@@ -62,6 +62,9 @@ for name, value in limits.items():
     resource.setrlimit(getattr(resource, name), (value, value))
 sys.path += paths
 os.chdir(os.environ["HOME"])
+# All around it stands now and dies with the caller. One that was killed before answers nothing.
+os.write(1, b"\\n")
+os.read(0, 1) or sys.exit(1)
 exec(compile(sys.argv.pop(1), "program", "exec"))
 """
 
@@ -359,7 +362,7 @@ def run(
 def _exchange(
     process: subprocess.Popen[bytes], data: bytes, end: float, most: int
 ) -> tuple[bytes, bool]:
-    """Write `data` to a process and read what it prints, until it closes its output.
+    """Answer the prelude, write `data` and read what is printed, until the output is closed.
 
     Returns
     -------
@@ -368,11 +371,10 @@ def _exchange(
         False when the time ran out or more than `most` bytes came.
     """
     received: list[bytes] = []
-    waiting, size = memoryview(data), 0
+    waiting, size = memoryview(b"\n" + data), 0
     os.set_blocking(process.stdin.fileno(), False)
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        selector.register(process.stdin, selectors.EVENT_WRITE)
         while (left := end - time.monotonic()) > 0:
             for key, _ in selector.select(left):
                 if key.fileobj is process.stdin:
@@ -385,11 +387,13 @@ def _exchange(
                         process.stdin.close()
                     continue
                 chunk = os.read(key.fd, 1 << 20)
+                if chunk and not size:
+                    selector.register(process.stdin, selectors.EVENT_WRITE)
                 received.append(chunk)
                 size += len(chunk)
                 if not chunk or size > most:
-                    return b"".join(received), size <= most
-    return b"".join(received), False
+                    return b"".join(received)[1:], size <= most
+    return b"".join(received)[1:], False
 
 
 @contextlib.contextmanager

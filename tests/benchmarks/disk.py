@@ -43,9 +43,9 @@ def main() -> None:
 
 def made(folder: Path) -> Path:
     """Run a small grid and return its results."""
-    from contract.grid import PRESET, make_grid
+    from contract.grid import SMALL, make_grid
 
-    grid = make_grid(ROOT, folder, PRESET, methods=METHODS)
+    grid = make_grid(ROOT, folder, SMALL, methods=METHODS)
     for stage in STAGES[:-2]:
         for unit in grid.plan.of(stage):
             grid.make(unit)

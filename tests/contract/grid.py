@@ -16,16 +16,21 @@ from tlora import methods
 from tlora.artefact import read_json
 from tlora.plan import Cell, Plan, Unit
 
-PRESET = """\
+SMALL = """\
 models: [random]
 tasks: [arithmetic]
 methods: [{methods}]
 seeds: [1]
 set: {{data.train: 40, data.validation: 8, data.test: 8, batch_size: 4, calibration_samples: 8}}
+"""
+PRESET = (
+    SMALL
+    + """\
 overrides:
   - set: {{rank: 4, lora_alpha: 4, learning_rate: 1.0e-2}}
   - {{methods: [adalora], set: {{options.interval: 2, lora_alpha: 64}}}}
 """
+)
 
 
 @dataclass
