@@ -64,22 +64,30 @@ def get_tlora_model(
         As `sensitivity`, `allocate` and `input_subspaces`.
     """
     from tlora.sensitivity import sensitivity
-    from tlora.subspace import input_subspaces
+    from tlora.subspace import input_subspaces, sketching
 
     released = variant == "released"
     samples = read_samples(batches, calibration_samples)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     shapes = module_shapes(model, targets)
-    scores = sensitivity(model, samples, targets)
+    center = released if center is None else center
+    start = None
+    if algorithm == "sketch" and isinstance(r, int) and r > 0:
+        # The passes of the sensitivity are the first run of the sketch, too.
+        with sketching(model, targets, r, center, seed) as start:
+            scores = sensitivity(model, samples, targets)
+    else:
+        scores = sensitivity(model, samples, targets)
     allocation = allocate(scores, r, r if lora_alpha is None else lora_alpha, shapes, variant)
     subspaces = input_subspaces(
         model,
         samples,
         allocation.ranks,
         algorithm=algorithm,
-        center=released if center is None else center,
+        center=center,
         seed=seed,
         passes=passes,
+        start=start,
     )
     return build_adapter(
         model, allocation, subspaces, freeze_a=not released if freeze_a is None else freeze_a

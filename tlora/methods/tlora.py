@@ -69,6 +69,11 @@ def reads_batches(options: Options) -> bool:
     return options.init == "wc" and options.algorithm == "sketch"
 
 
+def sketches(options: Options) -> bool:
+    """Whether products take the place of decompositions (`tlora plan` counts them)."""
+    return reads_batches(options)
+
+
 def adapt(model: PreTrainedModel, options: Options, context: Context) -> PeftModel:
     """Compute the subspaces and put the adapter on the model."""
     from tlora.adapter import build_adapter

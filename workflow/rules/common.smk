@@ -1,3 +1,6 @@
+import functools
+import gc
+import inspect
 import json
 import os
 import re
@@ -14,6 +17,10 @@ from tlora.plan import MAIN, RESULTS, Plan
 from tlora.selection import VALIDATION
 from tlora.spec import canonical, spec_id
 from tlora.tracking import outdated, tracking_uri
+
+# A DAG is many objects that stay: to look among them for garbage as often as Python does by default
+# takes a tenth of the time of planning.
+gc.set_threshold(100_000, 20)
 
 # Everything that can be known to be wrong is said here, in one line, before any job starts.
 try:
@@ -34,6 +41,14 @@ ARGUMENTS = (
 )
 
 
+def described(function):
+    """Note a function's parameters where `inspect` finds them at once: Snakemake asks for them
+    some 20 times a job."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
+@functools.cache
 def relative(path):
     """Return a path as seen from the working directory, where that is possible."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
@@ -50,7 +65,7 @@ def unit(stage, wildcards):
 
 def code(stage):
     """Input function: the package's files that the job depends on, read off its imports."""
-    return lambda wildcards: [relative(path) for path in unit(stage, wildcards).code()]
+    return described(lambda wildcards: [relative(path) for path in unit(stage, wildcards).code()])
 
 
 def artefact(stage, name):
@@ -60,18 +75,18 @@ def artefact(stage, name):
         upstream = unit(stage, wildcards).inputs.get(name)
         return [] if upstream is None else str(upstream.main)
 
-    return find
+    return described(find)
 
 
 def after(stage):
     """Input function: what must have been fetched before. Only that it is there counts: what it is
     stands in the spec."""
-    return lambda wildcards: [str(one.main) for one in unit(stage, wildcards).after]
+    return described(lambda wildcards: [str(one.main) for one in unit(stage, wildcards).after])
 
 
 def spec(stage):
     """Params function: the canonical spec, the only thing whose change reruns the job."""
-    return lambda wildcards: canonical(unit(stage, wildcards).spec)
+    return described(lambda wildcards: canonical(unit(stage, wildcards).spec))
 
 
 def place(stage):
@@ -81,21 +96,23 @@ def place(stage):
     def find(wildcards, threads):
         return json.dumps(unit(stage, wildcards).placement, sort_keys=True)
 
-    return find
+    return described(find)
 
 
 def gpus(stage):
     """Resources function: the GPUs that a job computes on where there are any. Snakemake counts
     them where a profile says how many there are; on Slurm the job asks for them."""
-    return lambda wildcards: wanted(stage, unit(stage, wildcards).placement)
+    return described(lambda wildcards: wanted(stage, unit(stage, wildcards).placement))
 
 
+@described
 def inputs(wildcards, input):
     """Params function: the upstream artefacts as NAME=PATH."""
     beside = ("code", "after")
     return [f"{name}={path}" for name, path in input.items() if path and name not in beside]
 
 
+@described
 def folder(wildcards, output):
     """Params function: the artefact's folder."""
     return os.path.dirname(output[0])
