@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.artefact import read_json
 from tlora.errors import UserError
+from tlora.subspace import sketch_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -478,7 +479,7 @@ def _sketch(shapes: list[tuple[int, ...]], rank: int, tokens: float) -> float:
     """
     total = 0.0
     for shape in shapes:
-        rows = min(rank + max(32, 1.25 * rank), *shape)
+        rows = sketch_rows(*shape, rank)
         total += rows * (4 * PASSES * tokens * shape[1] + (4 * PASSES - 2) * math.prod(shape))
     return total
 
@@ -576,7 +577,7 @@ def table(found: Estimate) -> str:
         "  training: 6 N FLOP a token for all weights, 4 N + 6 A for adapters",
         "  calibration: 6 N FLOP a token, covariances 2 N and 2 in^2 a target",
         "  initialisation: 10 m n min(m, n) FLOP a target, at most; 2 N a token it reads; a sketch",
-        "  6 k m n + 8 k n a token with k = r + max(32, 1.25 r) rows a target, and 4 N a token",
+        "  6 k m n + 8 k n a token with k = r + max(32, r, r n / m) rows a target, and 4 N a token",
         "  generation: 2 N FLOP a token of the prompt; a step reads all weights and the cache",
         "  the adapter gate: four models loaded in each number format",
         "  adapters float32, twice the rank after an initialisation, at most; all weights in the",

@@ -5,20 +5,32 @@ Algorithm 1 of the paper: the absolute value is taken per sample, then averaged 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import UserError
-from tlora.modules import ALL_LINEAR, calibrating, find_targets, model_inputs, read_samples
+from tlora.modules import (
+    ALL_LINEAR,
+    calibrating,
+    find_targets,
+    is_conv1d,
+    model_inputs,
+    read_samples,
+    weight_matrix,
+)
 from tlora.progress import bar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
-# Elements of a weight that are multiplied at a time: on a processor what stays in its cache (and
-# below what torch splits over threads), on a GPU 64 MiB of float32 beside the gradient.
-_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
+# Elements of a weight that are handled at a time: on a processor what stays in its cache, on a GPU
+# 64 MiB of float32.
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def sensitivity(
@@ -29,8 +41,9 @@ def sensitivity(
     """Return S(W) = (1/N) sum over samples of mean(|W * grad_W loss|) for every target layer.
 
     Samples go through the model one by one, without their padding; a sample's loss is the mean over
-    its label tokens. So the result does not depend on the batch size. A gradient exists for one
-    target weight at a time: each is reduced to a number and freed as soon as backward has made it.
+    its label tokens. So the result does not depend on the batch size. Gradients of weights are made
+    in pieces, each reduced to a number before the next; whole ones, one at a time, only where a
+    weight is used more than once.
 
     Parameters
     ----------
@@ -65,19 +78,28 @@ def sensitivity(
     totals = dict.fromkeys(weights, 0.0)
     received: set[int] = set()
     found: dict[int, Tensor] = {}  # of the sample at hand, on the weights' devices
+    products = _Products()
+
+    def reduce(weight: Tensor, left: Tensor, right: Tensor) -> None:
+        found[id(weight)] = products.mean(weight.detach(), left, right)
 
     def consume(weight: Tensor) -> None:
-        value = _mean_product(weight.detach(), weight.grad)
-        found[id(weight)] = found[id(weight)] + value if id(weight) in found else value
+        if weight.grad is None:  # it was reduced above
+            return
+        if id(weight) in found:
+            name = next(name for name, module in targets.items() if module.weight is weight)
+            raise UserError(f"{name}: the model uses its weight beside the layer: not supported")
+        found[id(weight)] = products.mean(weight.detach(), weight.grad)
         weight.grad = None
 
     handles = []
-    with calibrating(model, weights.values()):
+    with calibrating(model, weights.values()), _reducing(model, targets, reduce) as calls:
         try:
             for weight in weights.values():
                 handles.append(weight.register_post_accumulate_grad_hook(consume))
             for index, sample in enumerate(bar(samples, desc="sensitivity", unit="sample")):
                 inputs = model_inputs(model, sample, loss=True)
+                calls.clear()
                 loss = getattr(model(**inputs), "loss", None)
                 if loss is None:
                     raise UserError(
@@ -100,20 +122,121 @@ def sensitivity(
     return {name: totals[id(module.weight)] / len(samples) for name, module in targets.items()}
 
 
-def _mean_product(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Return mean |W * G| as a float64 number on the weight's device, which nothing waits for.
+@contextlib.contextmanager
+def _reducing(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    reduce: Callable[[Tensor, Tensor, Tensor], None],
+) -> Iterator[Counter[int]]:
+    """Have the layers hand `reduce` their weight and the factors of its gradient, left^T right.
 
-    Products are float32, in pieces, so that no large copy exists.
+    Backward would make the whole gradient, as large as the weight, only to have it read once. Left
+    to it are weights that other modules hold, too, and those that a forward pass uses repeatedly:
+    their gradient is a sum. Yields how often each weight was used, which the caller sets back
+    before each pass.
     """
     import torch
 
-    size = _CHUNK.get(weight.device.type, _CHUNK["cuda"])
-    rows = max(1, size // max(1, weight[0].numel()))
-    sums = [
-        (weight[start : start + rows].float() * gradient[start : start + rows].float()).abs_().sum()
-        for start in range(0, len(weight), rows)
+    calls: Counter[int] = Counter()
+    held = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
+
+    def backward(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+        if calls[id(weight)] > 1:
+            return left.T @ right
+        reduce(weight, left, right)
+        return None
+
+    Product = _product(backward)
+
+    def forward(module: nn.Module, inputs: Tensor) -> Tensor:
+        # a checkpointed layer runs again in backward: that is no other use
+        calls[id(module.weight)] += torch._C._current_graph_task_id() == -1
+        return Product.apply(inputs, module.weight, module.bias, module)
+
+    patched = [
+        module
+        for module in targets.values()
+        if held[id(module.weight)] == 1
+        and (type(module) is torch.nn.Linear or is_conv1d(module))
+        and "forward" not in vars(module)
+        and not torch.is_autocast_enabled(module.weight.device.type)
     ]
-    return torch.stack(sums).double().sum() / weight.numel()
+    try:
+        for module in patched:
+            module.forward = functools.partial(forward, module)
+        yield calls
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _product(backward_of_weight: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> type:
+    """Return a linear layer's product as an autograd function that leaves the weight's gradient to
+    `backward_of_weight`."""
+    import torch
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, inputs, weight, bias, module):
+            ctx.save_for_backward(inputs)
+            ctx.module = module
+            return torch.nn.functional.linear(inputs, weight_matrix(module), bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            left, right = (
+                part.reshape(-1, part.shape[-1]) for part in (gradient, *ctx.saved_tensors)
+            )
+            if is_conv1d(ctx.module):
+                left, right = right, left
+            below = gradient @ weight_matrix(ctx.module) if ctx.needs_input_grad[0] else None
+            return below, backward_of_weight(ctx.module.weight, left, right), None, None
+
+    return Product
+
+
+class _Products:
+    """Means of |W * G|, in pieces that are written to the same memory again and again.
+
+    To get fresh memory from the system and to fill it takes longer than the products.
+    """
+
+    def __init__(self) -> None:
+        self.spaces: dict[tuple, Tensor] = {}
+
+    def mean(self, weight: Tensor, left: Tensor, right: Tensor | None = None) -> Tensor:
+        """Return mean |W * G| as a float64 number on the weight's device, which nothing waits for.
+
+        G is `left`, or left^T right in the weight's number format, as backward makes it. Products
+        are float32.
+        """
+        import torch
+
+        size = _CHUNK.get(weight.device.type, _CHUNK["cuda"])
+        step = min(len(weight), max(1, size // max(1, weight[0].numel())))
+        sums = []
+        for start in range(0, len(weight), step):
+            piece = weight[start : start + step]
+            product = self._space(piece, torch.float32)
+            if right is None:
+                product.copy_(left[start : start + step])
+            else:
+                gradient = self._space(piece, weight.dtype)
+                torch.mm(left[:, start : start + step].T, right, out=gradient)
+                if weight.dtype != torch.float32:
+                    product.copy_(gradient)
+            sums.append(product.mul_(piece).abs_().sum())
+        return torch.stack(sums).double().sum() / weight.numel()
+
+    def _space(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (like.device, dtype, like.shape[1])
+        if key not in self.spaces or len(self.spaces[key]) < len(like):
+            self.spaces[key] = like.new_empty(like.shape, dtype=dtype)
+        return self.spaces[key][: len(like)]
 
 
 def _read(values: Mapping[int, Tensor]) -> dict[int, float]:

@@ -66,8 +66,8 @@ def input_subspaces(
     ranks
         Number of vectors by full module name; at most min(out_features, in_features).
     algorithm
-        "sketch": 2 (rank + max(32, 1.25 rank)) x in_features numbers a module and one run through
-        the samples per pass. "exact": in_features^2 numbers for every distinct input.
+        "sketch": 2 `sketch_rows` x in_features numbers a module and one run through the samples per
+        pass. "exact": in_features^2 numbers for every distinct input.
     center
         Take the mean over a sample's tokens off its X before (the authors' code does, the
         paper does not).
@@ -487,12 +487,14 @@ def _grow(weight: Tensor, test: Tensor, rank: int, key: str) -> Tensor:
     return _orthonormal_rows(torch.cat([test, fresh]).double()).float()
 
 
-def _size(weight: Tensor, rank: int) -> int:
+def sketch_rows(out_features: int, in_features: int, rank: int) -> int:
     """Return the rows of a sketch: the rank and an oversampling.
 
-    So many that flat spectra, as random weights make them, come to 0.9999 of the energy, too.
+    It is the larger where the input is wide, as that of an MLP's last layer, for its spectrum falls
+    the slower over these rows.
     """
-    return min(rank + max(32, math.ceil(1.25 * rank)), *weight.shape)
+    wide = max(1.0, in_features / out_features)
+    return min(rank + max(32, math.ceil(wide * rank)), out_features, in_features)
 
 
 def _least(weight: Tensor, rank: int) -> int:
@@ -506,7 +508,7 @@ def _first_test(weight: Tensor, rank: int, key: str) -> Tensor:
 
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    rows = torch.randn(_size(weight, rank), weight.shape[1], generator=generator)
+    rows = torch.randn(sketch_rows(*weight.shape, rank), weight.shape[1], generator=generator)
     return _orthonormal_rows(rows.to(weight.device).double()).float()
 
 

@@ -12,7 +12,8 @@
 forward hooks, then torch.linalg.svd(W C). "covariance + SVD" is without the forward passes: the
 inputs of the layers are recorded once and replayed to both. Of SVDs, one a shape is timed and
 multiplied by the number of modules of that shape. The total holds the sensitivity's passes and all
-forward passes: theirs as in Algorithm 1, where sensitivity and covariance share them.
+forward passes: theirs as in Algorithm 1, where sensitivity and covariance share them, and with a
+plain backward pass, after which mean |W * grad| is read module by module.
 
 Models are Llama's architecture with random weights (normal, SD 0.02). Such a model with random
 tokens has inputs of an almost flat spectrum, which no trained model has. So embeddings are low-rank
@@ -203,16 +204,19 @@ def rate(device: str, dtype: str) -> float:
 
 def operations(layers: dict, options: argparse.Namespace) -> dict[str, float]:
     """Return the FLOPs that are needed by the passes and by the sketch."""
+    from tlora.subspace import sketch_rows
+
     tokens = options.samples * options.tokens
     weights = sum(layer.weight.numel() for layer in layers.values())
     head = options.vocabulary * options.width
-    size = options.rank + max(32, math.ceil(1.25 * options.rank))
-    inputs = sum(layer.weight.shape[1] for layer in layers.values())
+    sizes = {n: sketch_rows(*layer.weight.shape, options.rank) for n, layer in layers.items()}
+    stream = sum(sizes[n] * layer.weight.shape[1] for n, layer in layers.items())
+    product = sum(sizes[n] * layer.weight.numel() for n, layer in layers.items())
     return {
         "sensitivity's passes": tokens * (6 * weights + 4 * head),
         "the sketch's own forward pass": tokens * 2 * weights,
-        "streaming the sketch": 2 * tokens * 4 * size * inputs,
-        "products of the sketch with the weights": 6 * size * weights,
+        "streaming the sketch": 2 * tokens * 4 * stream,
+        "products of the sketch with the weights": 6 * product,
     }
 
 
@@ -276,6 +280,21 @@ def compare(options: argparse.Namespace, names: tuple[str, ...] = ()) -> None:
         measuring.row(text, f"{least:.7f}", "1 (exact)")
 
 
+def plain_sensitivity(model, samples: list[dict], layers: dict) -> dict[str, float]:
+    """Return mean |W * grad W| of every module, from gradients of all weights at a time."""
+    totals = dict.fromkeys(layers, 0.0)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    for sample in samples:
+        model(**{k: v.to(model.device) for k, v in sample.items()}, use_cache=False).loss.backward()
+        for name, layer in layers.items():
+            totals[name] += (layer.weight * layer.weight.grad).abs().mean().item() / len(samples)
+            layer.weight.grad = None
+    return totals
+
+
 def in_all(options: argparse.Namespace, model, samples: list[dict], decomposed: float) -> dict:
     """Print the row of the whole initialisation and return the subspaces.
 
@@ -295,16 +314,20 @@ def in_all(options: argparse.Namespace, model, samples: list[dict], decomposed: 
         kept.update(input_subspaces(model, samples, ranks, start=start))
 
     spent = measuring.alternating(
-        {"ours": ours, "passes": lambda: sensitivity(model, samples, "all-linear")},
+        {
+            "ours": ours,
+            "passes": lambda: plain_sensitivity(model, samples, layers),
+            "sensitivity": lambda: sensitivity(model, samples, "all-linear"),
+        },
         max(1, options.repeat - 2),
     )
     theirs = spent["passes"] + decomposed
     floor = sum(operations(layers, options).values()) / rate(options.device, options.dtype)
     what = label(options)
     measuring.row(
-        f"initialisation in all (sensitivity {spent['passes']:.1f} s, its passes shared), {what}",
-        f"{spent['ours']:.1f} s, floor {floor:.1f} s",
-        f"{theirs:.0f} s",
+        f"initialisation in all (of it the sensitivity, its passes shared), {what}",
+        f"{spent['ours']:.1f} s ({spent['sensitivity']:.1f}), floor {floor:.1f} s",
+        f"{theirs:.0f} s ({spent['passes']:.1f})",
         f"{theirs / spent['ours']:.1f} x faster",
     )
     return kept
@@ -419,6 +442,8 @@ def peft_methods(options: argparse.Namespace) -> None:
 
 def disk(options: argparse.Namespace) -> None:
     """Print the bytes of calibration artefacts of Llama-2-7B, from shapes."""
+    from tlora.subspace import sketch_rows
+
     inputs = [4096] * 6 + [11008]
     outputs = [4096] * 4 + [11008] * 2 + [4096]
     layers, rank = 32, 128
@@ -432,10 +457,11 @@ def disk(options: argparse.Namespace) -> None:
         f"{shared / 1e9:.1f} GB; {each / 1e9:.1f} GB",
         f"{shared / kept:.0f} x; {each / kept:.0f} x less",
     )
-    size = rank + max(32, math.ceil(1.25 * rank))
-    sketch = 2 * 4 * layers * sum(min(size, m, n) * n for m, n in zip(outputs, inputs, strict=True))
+    sizes = [sketch_rows(m, n, rank) for m, n in zip(outputs, inputs, strict=True)]
+    sketch = 2 * 4 * layers * sum(size * n for size, n in zip(sizes, inputs, strict=True))
     measuring.row(
-        f"the same in memory: sketch (G and Y, {size} rows each) beside the covariances",
+        f"the same in memory: sketch (G and Y, {min(sizes)} to {max(sizes)} rows each) beside "
+        "the covariances",
         f"{sketch / 1e9:.1f} GB",
         f"{shared / 1e9:.1f} GB; {each / 1e9:.1f} GB",
         f"{shared / sketch:.1f} x; {each / sketch:.1f} x less",

@@ -21,14 +21,16 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 WORKERS = 2
+PATIENCE = 30
+"""Seconds that processes may go on when another one of their job has failed."""
 STATUS = {"kill": signal.SIGKILL, "torn": signal.SIGKILL, "full": 1 << 8, None: 0}
 
 
@@ -38,21 +40,64 @@ class Ended(Exception):
 
 def run(function: Callable[[], None], processes: int, alone: bool) -> list[int]:
     """Run a function in forks of this process; return their wait statuses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if alone:
+        return [os.waitpid(fork(function), 0)[1]]
+    meeting, port = meeting_point()
     told = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    ranks = [
-        {} if alone else {**told, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)
+    children = [
+        fork(function, {**told, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(processes)
     ]
-    children = [fork(function, more) for more in ranks]
-    return [os.waitpid(child, 0)[1] for child in children]
+    try:
+        return ended(children)
+    finally:
+        os.kill(meeting, signal.SIGKILL)
+        os.waitpid(meeting, 0)
+
+
+def meeting_point() -> tuple[int, int]:
+    """Start the process where others meet, as torchrun's agent is; return its id and port.
+
+    It listens from the start: a port that is free when looked for may be taken when used.
+    """
+    reading, writing = os.pipe()
+
+    def listen() -> None:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        os.close(writing)
+        signal.pause()
+
+    child = fork(listen)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return child, int(pipe.read())
+
+
+def ended(children: list[int]) -> list[int]:
+    """Return the wait statuses; what still runs a while after one has failed is killed."""
+    statuses: dict[int, int] = {}
+    end = None
+    while len(statuses) < len(children):
+        for child in set(children) - set(statuses):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                statuses[child] = status
+        if any(statuses.values()):
+            end = end or time.monotonic() + PATIENCE
+            if time.monotonic() > end:
+                for child in set(children) - set(statuses):
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [statuses[child] for child in children]
 
 
 def fork(function: Callable[[], None], environment: dict[str, str] | None = None) -> int:

@@ -16,10 +16,10 @@ home = importlib.import_module("tlora.sensitivity")
 FAMILIES = ["llama", "mistral", "qwen", "gemma", "gpt2", "t5"]
 
 
-def oracle(model, samples) -> dict[str, float]:
+def oracle(model, samples, target="all-linear") -> dict[str, float]:
     """mean |W * grad W| per sample in float64 from one naive backward a sample, then the mean."""
     model = model.double()
-    targets = find_targets(model, "all-linear")
+    targets = find_targets(model, target)
     totals = dict.fromkeys(targets, 0.0)
     for sample in samples:
         logits = model(**sample).logits
@@ -69,24 +69,100 @@ def test_bfloat16(tiny, rows):
     assert rough == pytest.approx(exact, rel=0.1)
 
 
-def test_one_weight_gradient_at_a_time(tiny, rows, monkeypatch):
+def shared_layer(model) -> str:
+    """Give the model one more use of a target weight: two layers hold it."""
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    return "all-linear"
+
+
+def repeated_layer(model) -> str:
+    """One layer that a forward pass goes through twice."""
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj = first.up_proj
+    return "all-linear"
+
+
+def tied_head(model) -> str:
+    """A target that is the embedding, too."""
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return r"lm_head|.*\.q_proj"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("change", [shared_layer, repeated_layer, tied_head])
+def test_all_uses_of_a_weight_count(tiny, rows, monkeypatch, change, checkpointing):
+    """The gradient is their sum, and its absolute value is no sum of theirs."""
+    model, exact, samples = tiny("llama"), tiny("llama"), rows("llama")
+    target = change(model)
+    change(exact)
+    expected = oracle(exact, samples, target)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    whole, mean = [], home._Products.mean
+    monkeypatch.setattr(home._Products, "mean", lambda *a: (whole.append(a[3:] == ()), mean(*a))[1])
+    assert sensitivity(model, samples, target) == pytest.approx(expected, rel=2e-5)
+    assert whole.count(True) == len(samples), "of one weight the whole gradient was to be made"
+
+
+def test_weight_that_is_used_beside_its_layer_is_refused(tiny, rows):
     model = tiny("llama")
-    alive = []
-    original = home._mean_product
+    layer, norm = model.model.layers[0].self_attn.o_proj, model.model.norm
+    norm.register_forward_hook(lambda *a: a[2] + layer.weight.mean())
+    with pytest.raises(UserError, match=r"layers\.0.*o_proj: the model uses its weight beside"):
+        sensitivity(model, rows("llama"))
+    assert all(p.grad is None for p in model.parameters())
 
-    def counting(weight, gradient):
-        alive.append([n for n, p in model.named_parameters() if p.grad is not None])
-        return original(weight, gradient)
 
-    monkeypatch.setattr(home, "_mean_product", counting)
-    sensitivity(model, rows("llama"), ["q_proj", "down_proj"])
-    assert len(alive) == 4 * 5
-    assert all(len(names) == 1 for names in alive)
-    assert {name for names in alive for name in names} == {
-        f"model.layers.{i}.{n}.weight"
-        for i in (0, 1)
-        for n in ("self_attn.q_proj", "mlp.down_proj")
-    }
+class Double(torch.nn.Linear):
+    """A layer that is linear in its weight, but not by `nn.Linear`'s forward."""
+
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+def test_layers_of_a_kind_of_their_own(tiny, rows):
+    found = []
+    for kind in (Double, torch.nn.Linear):
+        model = tiny("llama")
+        layer = model.model.layers[0].mlp.down_proj
+        own = kind(layer.in_features, layer.out_features, bias=False)
+        own.weight = torch.nn.Parameter(layer.weight.detach() * (1 if kind is Double else 2))
+        model.model.layers[0].mlp.down_proj = own
+        found.append(sensitivity(model, rows("llama")))
+    # W dL/dW is the same however a product is shared out between the weight and a factor.
+    assert found[0] == pytest.approx(found[1], rel=2e-5)
+
+
+def test_under_autocast(tiny, rows):
+    exact = sensitivity(tiny("llama"), rows("llama"))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = sensitivity(tiny("llama"), rows("llama"))
+    assert rough == pytest.approx(exact, rel=0.1)
+    assert rough != exact
+
+
+def test_no_weight_gradient_is_made(tiny, rows, monkeypatch):
+    """Beside the pieces nothing as large as a weight comes to be."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for value in tree_leaves(out):
+                if torch.is_tensor(value) and value.untyped_storage()._cdata not in known:
+                    sizes.append(value.untyped_storage().nbytes() // 4)
+            return out
+
+    model, sizes = tiny("llama"), []
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    targets = [f"{name}_proj" for name in ("gate", "up", "down")]
+    least = min(m.weight.numel() for m in find_targets(model, targets).values())
+    monkeypatch.setitem(home._CHUNK, "cpu", least // 4)
+    with Watch():
+        sensitivity(model, [rows("llama")[0]], targets)
+    assert least // 8 < max(sizes) < least
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -99,8 +175,8 @@ def test_products_in_pieces(tiny, rows, monkeypatch):
 def test_devices_are_waited_for_once_a_sample(tiny, rows, monkeypatch):
     """Sensitivities stay on their device; what the model itself reads does not count."""
     model, samples, made = tiny("llama"), rows("llama"), []
-    original, read = home._mean_product, home._read
-    monkeypatch.setattr(home, "_mean_product", lambda *a: made.append(original(*a)) or made[-1])
+    original, read = home._Products.mean, home._read
+    monkeypatch.setattr(home._Products, "mean", lambda *a: made.append(original(*a)) or made[-1])
     reads = []
     monkeypatch.setattr(home, "_read", lambda found: reads.append(len(found)) or read(found))
     home.sensitivity(model, samples, "all-linear")

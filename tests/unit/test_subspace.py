@@ -276,8 +276,8 @@ def test_sensitivity_is_the_first_run(tiny_base, rank, monkeypatch):
 
 def test_much_larger_ranks_than_expected_take_a_further_run(tiny, rows, monkeypatch):
     model, samples = tiny("llama"), rows("llama")
-    for size in ("_size", "_least"):
-        monkeypatch.setattr(home, size, lambda weight, rank: rank)
+    monkeypatch.setattr(home, "sketch_rows", lambda rows, columns, rank: rank)
+    monkeypatch.setattr(home, "_least", lambda weight, rank: rank)
     runs = []
     original = home._stream
     monkeypatch.setattr(home, "_stream", lambda *args: (runs.append(1), original(*args))[1])
@@ -327,7 +327,8 @@ def test_the_head_as_a_target_sees_all_tokens(tiny, rows):
 def test_oversampling():
     weight = torch.eye(500)
     assert home._first_test(weight, 4, "a").shape == (4 + 32, 500)
-    assert home._first_test(weight, 200, "a").shape == (450, 500)
+    assert home._first_test(weight, 200, "a").shape == (400, 500)
+    assert home._first_test(weight[:100], 10, "a").shape == (10 + 50, 500)
     assert home._first_test(weight[:40], 20, "a").shape == (40, 500)
 
 
