@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +368,44 @@ def test_micro_batch_changes_no_result(base: Path, tmp_path: Path) -> None:
     ]
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_shortcuts_are_taken_and_change_no_result(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's one kernel and the chunked loss, beside PEFT's and transformers' own code."""
+    from peft.tuners.lora import Linear
+
+    import tlora.adapter
+    import tlora.loss
+
+    taken: dict[str, list] = {"fused": [], "loss": []}
+
+    @contextlib.contextmanager
+    def fused(model: Any) -> Iterator[None]:
+        with original[0](model):
+            layers = [module for module in model.modules() if isinstance(module, Linear)]
+            taken["fused"].append(all("forward" in vars(layer) for layer in layers) and len(layers))
+            yield
+
+    @contextlib.contextmanager
+    def chunked_loss(model: Any) -> Iterator[bool]:
+        with original[1](model) as used:
+            taken["loss"].append(used)
+            yield used
+
+    original = tlora.adapter.fused, tlora.loss.chunked_loss
+    monkeypatch.setattr(tlora.adapter, "fused", fused)
+    monkeypatch.setattr(tlora.loss, "chunked_loss", chunked_loss)
+    _, rows = train(base, tmp_path / "ours", micro=8)
+    assert taken == {"fused": [6], "loss": [True]}
+    monkeypatch.setattr(tlora.adapter, "fused", contextlib.nullcontext)
+    monkeypatch.setattr(tlora.loss, "chunked_loss", contextlib.nullcontext)
+    _, stock = train(base, tmp_path / "stock", micro=8)
+    for one, other in zip(rows, stock, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -143,6 +143,7 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from tlora.adapter import fused
+    from tlora.loss import chunked_loss
 
     work = Path(place["work"])
     samples = tokenised.read(inputs["prepare"].parent / "train.parquet")
@@ -234,7 +235,11 @@ def _train(spec: dict, inputs: dict[str, Path], out: Path, place: dict[str, Any]
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
     log.start(checkpoint)
-    with stop.listening(), contextlib.nullcontext() if deepspeed else fused(model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        if not deepspeed:  # which may hold only parts of the weights
+            stack.enter_context(fused(model))
+            stack.enter_context(chunked_loss(model))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.signal and trainer.state.global_step < steps:
         logger.warning("signal %d: stopped after step %d", stop.signal, trainer.state.global_step)
