@@ -19,15 +19,18 @@ _COMMON = {
 }
 
 
-def build(family: str, seed: int = 0):
-    """Return a random float32 model in evaluation mode with weights large enough to matter."""
+def build(family: str, seed: int = 0, **more):
+    """Return a random float32 model in evaluation mode with weights large enough to matter.
+
+    `more`: settings of the configuration, of which GPT-2 and T5 know only the vocabulary's size.
+    """
     import torch
     import transformers as t
 
     torch.manual_seed(seed)
     if family == "gpt2":
         config = t.GPT2Config(
-            vocab_size=VOCABULARY,
+            vocab_size=more.get("vocab_size", VOCABULARY),
             n_embd=32,
             n_layer=2,
             n_head=4,
@@ -38,7 +41,7 @@ def build(family: str, seed: int = 0):
         model = t.GPT2LMHeadModel(config)
     elif family == "t5":
         config = t.T5Config(
-            vocab_size=VOCABULARY,
+            vocab_size=more.get("vocab_size", VOCABULARY),
             d_model=32,
             d_kv=8,
             d_ff=48,
@@ -53,9 +56,11 @@ def build(family: str, seed: int = 0):
             "mistral": (t.MistralForCausalLM, t.MistralConfig, {}),
             "qwen": (t.Qwen2ForCausalLM, t.Qwen2Config, {}),
             "gemma": (t.Gemma2ForCausalLM, t.Gemma2Config, {"head_dim": 8}),
+            "granite": (t.GraniteForCausalLM, t.GraniteConfig, {"logits_scaling": 4.0}),
+            "cohere": (t.CohereForCausalLM, t.CohereConfig, {"logit_scale": 0.5}),
         }
         kind, settings, extra = kinds[family]
-        model = kind(settings(**_COMMON, **extra))
+        model = kind(settings(**{**_COMMON, **extra, **more}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
