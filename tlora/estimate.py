@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.artefact import read_json
 from tlora.errors import UserError
-from tlora.subspace import sketch_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -477,6 +476,8 @@ def _sketch(shapes: list[tuple[int, ...]], rank: int, tokens: float) -> float:
     Of Y = G C for each token and pass, and of products with the weight: two before each further
     pass and one for the result.
     """
+    from tlora.subspace import sketch_rows
+
     total = 0.0
     for shape in shapes:
         rows = sketch_rows(*shape, rank)
