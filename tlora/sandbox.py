@@ -372,6 +372,7 @@ def _exchange(
     """
     received: list[bytes] = []
     waiting, size = memoryview(b"\n" + data), 0
+    most += 1  # the prelude's byte
     os.set_blocking(process.stdin.fileno(), False)
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
