@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.artefact import staged
 from tlora.errors import UserError
-from tlora.modules import find_layers, is_conv1d
+from tlora.modules import find_layers, forwards, is_conv1d
 from tlora.peft_folder import (
     CONFIG,
     WEIGHTS,
@@ -193,13 +193,8 @@ def fused(model: nn.Module) -> Iterator[None]:
         Any model, with or without adapters.
     """
     layers = [module for module in model.modules() if _is_plain(module)]
-    for layer in layers:
-        layer.forward = _fused_forward(layer)
-    try:
+    with forwards({layer: _fused_forward(layer) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tlora.modules import forwards
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -51,16 +53,15 @@ def chunked_loss(model: PreTrainedModel) -> Iterator[bool]:
         return
     before = _probe(base)
     stock = vars(base).get("_loss_function")
-    head.forward = lambda hidden: hidden
-    base.loss_function = _loss_function(head)
-    try:
-        # What lies between head and loss shows in the loss; scalings even where it is small.
+    with contextlib.ExitStack() as changed:
+        changed.callback(_set_loss, base, stock)
+        _set_loss(base, _loss_function(head))
+        changed.enter_context(forwards({head: lambda hidden: hidden}))
+        # What lies between head and loss, and is not linear, shows in the loss.
         same = bool((_probe(base) - before).abs() <= _SAME[_dtype(head)] * before.abs())
         if not same:
-            _restore(base, head, stock)
+            changed.close()
         yield same
-    finally:
-        _restore(base, head, stock)
 
 
 def _suits(base: PreTrainedModel, head: nn.Module | None) -> bool:
@@ -83,12 +84,12 @@ def _dtype(head: nn.Module) -> str:
     return str(head.weight.dtype).removeprefix("torch.")
 
 
-def _restore(base: PreTrainedModel, head: nn.Module, stock: Any) -> None:
-    vars(head).pop("forward", None)
-    if stock is None:
+def _set_loss(base: PreTrainedModel, function: Any) -> None:
+    """Give a model a loss function of its own; None: that of its class."""
+    if function is None:
         vars(base).pop("_loss_function", None)
     else:
-        base.loss_function = stock
+        base.loss_function = function
 
 
 def _loss_function(head: nn.Module) -> Any:

@@ -7,6 +7,7 @@ allocated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tlora.adapter import build_adapter
@@ -71,12 +72,9 @@ def get_tlora_model(
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     shapes = module_shapes(model, targets)
     center = released if center is None else center
-    start = None
-    if algorithm == "sketch" and isinstance(r, int) and r > 0:
-        # The passes of the sensitivity are the first run of the sketch, too.
-        with sketching(model, targets, r, center, seed) as start:
-            scores = sensitivity(model, samples, targets)
-    else:
+    # The passes of the sensitivity are the first run of the sketch, too.
+    shared = algorithm == "sketch" and isinstance(r, int) and r > 0
+    with sketching(model, targets, r, center, seed) if shared else nullcontext() as start:
         scores = sensitivity(model, samples, targets)
     allocation = allocate(scores, r, r if lora_alpha is None else lora_alpha, shapes, variant)
     subspaces = input_subspaces(

@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import UserError
@@ -313,6 +313,10 @@ def calibrating(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Itera
         and "forward" not in vars(module)
         and _is_layer(module)
     ]
+    functions = {
+        module: functools.partial(checkpoint, module.forward, use_reentrant=False)
+        for module in (checkpointed if trained else ())
+    }
     try:
         model.eval()
         for parameter, _, _ in parameters:
@@ -320,17 +324,34 @@ def calibrating(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Itera
         for parameter in trained:
             parameter.requires_grad_(True)
             parameter.grad = None
-        for module in checkpointed if trained else ():
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        yield
+        with forwards(functions):
+            yield
     finally:
-        for module in checkpointed if trained else ():
-            vars(module).pop("forward", None)
         for module, mode in modes:
             module.training = mode
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+@contextlib.contextmanager
+def forwards(functions: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within it, modules have these forward functions; before it none has one of its own."""
+    try:
+        for module, function in functions.items():
+            module.forward = function
+        yield
+    finally:
+        for module in functions:
+            vars(module).pop("forward", None)
+
+
+def in_backward() -> bool:
+    """Tell whether a layer that is called now runs again for a backward pass: a checkpointed one,
+    which had this input before."""
+    import torch
+
+    return torch._C._current_graph_task_id() != -1
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -17,6 +17,8 @@ from tlora.modules import (
     ALL_LINEAR,
     calibrating,
     find_targets,
+    forwards,
+    in_backward,
     is_conv1d,
     model_inputs,
     read_samples,
@@ -153,8 +155,7 @@ def _reducing(
     Product = _product(backward)
 
     def forward(module: nn.Module, inputs: Tensor) -> Tensor:
-        # a checkpointed layer runs again in backward: that is no other use
-        calls[id(module.weight)] += torch._C._current_graph_task_id() == -1
+        calls[id(module.weight)] += not in_backward()
         return Product.apply(inputs, module.weight, module.bias, module)
 
     patched = [
@@ -165,13 +166,8 @@ def _reducing(
         and "forward" not in vars(module)
         and not torch.is_autocast_enabled(module.weight.device.type)
     ]
-    try:
-        for module in patched:
-            module.forward = functools.partial(forward, module)
+    with forwards({module: functools.partial(forward, module) for module in patched}):
         yield calls
-    finally:
-        for module in patched:
-            del module.forward
 
 
 def _product(backward_of_weight: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> type:

@@ -26,6 +26,7 @@ from tlora.modules import (
     calibrating,
     find_layers,
     find_targets,
+    in_backward,
     model_inputs,
     read_samples,
     weight_matrix,
@@ -253,8 +254,7 @@ def _listening(
 
     def hook(name: str) -> Callable[..., None]:
         def receive(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-            # a checkpointed layer is run again in backward: that is no other input
-            if torch._C._current_graph_task_id() == -1:
+            if not in_backward():
                 inputs = arguments[0] if arguments else next(iter(keywords.values()))
                 with torch.no_grad():
                     consume(name, inputs, index)
