@@ -1,33 +1,35 @@
 """The input subspace that A is frozen to: top right singular vectors of W C, C = sum X^T X / N.
 
 `exact` accumulates C. `sketch` never forms it: with a test matrix G of few rows, random at first,
-it streams Y = G C and rebuilds C from Y and G (Nystrom), for C is symmetric
-and positive semidefinite. Whenever the number of samples has quadrupled, G is turned towards the
-subspace seen so far and Y is carried over to the new G: within the same run and memory this brings
-most of what another run through the samples would. A further run starts with G turned towards that
-of W C. All that is as wide as the inputs goes through matrix products and triangular solves.
+it streams Y = G C and rebuilds C from Y and G (Nystrom), for C is symmetric and positive
+semidefinite. Whenever the number of samples has quadrupled, G is turned towards the subspace seen
+so far and Y is carried over to the new G: within the same run and memory this brings most of what
+another run through the samples would. A few random rows beside are not turned: by them it is
+estimated what is missed, and modules that miss more than is tolerated get a further run, with G
+turned towards the subspace of W C. All that is as wide as the inputs goes through matrix products
+and triangular solves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlora.errors import UserError
+from tlora.grouping import group, on_trial, stack
 from tlora.modules import (
     ALL_LINEAR,
     calibrating,
     find_layers,
     find_targets,
     in_backward,
-    model_inputs,
     read_samples,
     weight_matrix,
 )
@@ -39,6 +41,13 @@ if TYPE_CHECKING:
 ALGORITHMS = ("sketch", "exact")
 # How many times the rows it started with a module may need without a further run.
 _GROWTH = 1.25
+# Rows of a first test matrix, its last ones, that only tell what the others miss.
+_PROBES = 8
+# So many times the estimate of what is missed must be tolerable.
+_SAFETY = 4
+# Samples from which on a sketch turns towards W C and not towards C.
+_WEIGHTED = 16
+_TINY = 1e-300
 # Elements of a weight that are turned into float32 at a time.
 _CHUNK = 1 << 24
 
@@ -52,6 +61,7 @@ def input_subspaces(
     seed: int = 0,
     passes: int = 1,
     start: dict[str, tuple[Tensor, Tensor]] | None = None,
+    tolerance: float = 1e-4,
 ) -> dict[str, Tensor]:
     """Return, for every module, the top right singular vectors of W C as orthonormal rows.
 
@@ -75,9 +85,8 @@ def input_subspaces(
     seed
         Of the sketch's test matrices.
     passes
-        Further runs through the samples, 0 to 2: each makes the sketch a step of subspace iteration
-        better. On the project's tiny base model the energy ||W C A^T||^2 is above 0.9999 of the
-        exact one's without a further run and above 0.99998 with one. "exact" needs none.
+        Further runs through the samples at most, 0 to 2: each makes the sketch a step of subspace
+        iteration better. "exact" needs none.
     start
         What `sketching` gave while these samples went through the model: it is the sketch's first
         run, with the same `center`; at least one of its own follows. It is emptied, to free what
@@ -109,7 +118,7 @@ def input_subspaces(
     samples = read_samples(batches)
     active = {name: layer for name, layer in layers.items() if ranks[name] > 0}
     if algorithm == "sketch":
-        found = _sketch(model, samples, active, ranks, center, seed, passes, start)
+        found = _sketch(model, samples, active, ranks, center, seed, passes, start, tolerance)
     else:
         found = _exact(active, ranks, *_covariances(model, samples, active, center))
     return {name: found[name] if name in found else _no_rows(layers[name]) for name in ranks}
@@ -232,37 +241,73 @@ def _finish(rows: Tensor) -> Tensor:
     return (rows * torch.where(largest < 0, -1.0, 1.0)).float().cpu().contiguous()
 
 
+class _Call(NamedTuple):
+    """A call of the model: how many samples went before it and how many go in it.
+
+    Where some of its tokens are padding, `mask` is (samples, tokens) bool, False for those, and
+    `tokens` holds the places of the others in its flat form.
+    """
+
+    before: int = 0
+    size: int = 0
+    mask: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def next(self, mask: Tensor | None) -> _Call:
+        """Return the call after this one, which has this attention mask."""
+        before = self.before + self.size
+        if mask is None or mask.dim() != 2 or len(mask) == 1:
+            return _Call(before, 1)
+        tokens = mask.flatten().nonzero().flatten()
+        if len(tokens) == mask.numel():
+            return _Call(before, len(mask))
+        return _Call(before, len(mask), mask != 0, tokens)
+
+    def rows(self, inputs: Tensor, center: bool) -> Tensor:
+        """Return a layer's input as (tokens, in_features) float32, without padding."""
+        mask = self.mask if self.mask is not None and inputs.shape[:-1] == self.mask.shape else None
+        if center:
+            each = inputs.reshape(self.size, -1, inputs.shape[-1]).float()
+            if mask is None:
+                inputs = each - each.mean(dim=1, keepdim=True)
+            else:
+                count = mask.sum(dim=1)[:, None, None]
+                inputs = each - (each * mask[..., None]).sum(dim=1, keepdim=True) / count
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return (rows if mask is None else rows[self.tokens]).float()
+
+
 @contextlib.contextmanager
 def _listening(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    consume: Callable[[str, Tensor, int], None],
+    consume: Callable[[str, Tensor, _Call], None],
 ) -> Iterator[set[str]]:
-    """Hand `consume` each layer's input (..., in_features) with the number of the model's call.
+    """Hand `consume` each layer's input (..., in_features) with what is known of the model's call.
 
     Yields the names of the layers that got one.
     """
     import torch
 
-    calls = itertools.count()
-    index = -1
+    call = _Call()
     called: set[str] = set()
 
-    def begin(module: nn.Module, arguments: tuple) -> None:
-        nonlocal index
-        index = next(calls)
+    def begin(module: nn.Module, arguments: tuple, keywords: dict) -> None:
+        nonlocal call
+        if not on_trial():
+            call = call.next(keywords.get("attention_mask"))
 
     def hook(name: str) -> Callable[..., None]:
         def receive(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-            if not in_backward():
+            if not in_backward() and not on_trial():
                 inputs = arguments[0] if arguments else next(iter(keywords.values()))
                 with torch.no_grad():
-                    consume(name, inputs, index)
+                    consume(name, inputs, call)
                 called.add(name)
 
         return receive
 
-    handles = [model.register_forward_pre_hook(begin)]
+    handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
@@ -276,10 +321,14 @@ def _stream(
     model: nn.Module,
     samples: list[dict[str, Tensor]],
     layers: Mapping[str, nn.Module],
-    consume: Callable[[str, Tensor, int], None],
+    consume: Callable[[str, Tensor, _Call], None],
     description: str,
+    together: bool = False,
 ) -> None:
-    """Run the samples one by one and hand `consume` each layer's input (..., in_features)."""
+    """Run the samples one by one and hand `consume` each layer's input (..., in_features).
+
+    `together`: those that may go together do so.
+    """
     import torch
 
     # The head's work on all tokens but the last is for nothing, where it is no target itself.
@@ -288,17 +337,16 @@ def _stream(
     short = short and head not in layers.values()
     more = {"logits_to_keep": 1} if short else {}
     with calibrating(model), torch.no_grad(), _listening(model, layers, consume) as called:
-        for sample in bar(samples, desc=description, unit="sample"):
-            model(**model_inputs(model, sample), **more)
+        groups = [[index] for index in range(len(samples))]
+        if together:
+            groups = group(model, samples, layers)
+        progress = bar(total=len(samples), desc=description, unit="sample")
+        for indices in groups:
+            model(**stack(model, [samples[index] for index in indices]), **more)
+            progress.update(len(indices))
     for name in layers:
         if name not in called:
             raise UserError(f"{name}: gets no input: remove it from target_modules")
-
-
-def _rows(inputs: Tensor, center: bool) -> Tensor:
-    """Return a layer's input as (tokens, in_features) float32."""
-    rows = inputs.reshape(-1, inputs.shape[-1]).float()
-    return rows - rows.mean(dim=0) if center else rows
 
 
 def _check_finite(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> None:
@@ -327,12 +375,12 @@ def _covariances(
         reference, version = latest[owner]
         return reference() is inputs and inputs._version == version
 
-    def consume(name: str, inputs: Tensor, index: int) -> None:
+    def consume(name: str, inputs: Tensor, call: _Call) -> None:
         owner = by_id.get(id(inputs))
         if name not in alias:
-            shared = owner is not None and started[owner] == index and same(owner, inputs)
+            shared = owner is not None and started[owner] == call.before and same(owner, inputs)
             alias[name] = owner if shared else name
-            started[name] = index
+            started[name] = call.before
         if alias[name] != name:
             if not same(alias[name], inputs):
                 raise UserError(
@@ -340,7 +388,7 @@ def _covariances(
                     "them one at a time"
                 )
             return
-        rows = _rows(inputs, center)
+        rows = call.rows(inputs, center)
         if name not in sums:
             sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         sums[name].addmm_(rows.T, rows)
@@ -384,7 +432,8 @@ def sketching(
     Parameters
     ----------
     model, target_modules
-        As in `tlora.sensitivity`. A call of the model is a sample, without padding.
+        As in `tlora.sensitivity`. A call of the model is a sample, or as many as its
+        `attention_mask` has rows.
     rank
         What is expected of a module: the mean. Where a larger one is asked for afterwards, rows are
         added; more than twice of it takes a further run.
@@ -394,15 +443,15 @@ def sketching(
     Yields
     ------
     dict
-        Module -> test matrix G and Y = G C, each (rank + oversampling, in_features) float32 on the
-        layer's device; it fills up while samples go through.
+        Module -> test matrix G and Y = G C, each (rank + oversampling + probes, in_features)
+        float32 on the layer's device; it fills up while samples go through.
     """
     layers = find_targets(model, target_modules)
     sketches = {
         name: _begin(weight_matrix(layer), min(rank, *weight_matrix(layer).shape), f"{seed}:{name}")
         for name, layer in layers.items()
     }
-    with _listening(model, layers, _turning(layers, sketches, center)):
+    with _listening(model, layers, _turning(layers, sketches, center, _WEIGHTED)):
         yield sketches
 
 
@@ -415,68 +464,100 @@ def _sketch(
     seed: int,
     passes: int,
     start: dict[str, tuple[Tensor, Tensor]] | None,
+    tolerance: float,
 ) -> dict[str, Tensor]:
     weights = {name: weight_matrix(layer) for name, layer in layers.items()}
-    sizes: dict[str, int] = {}
+    lacking: dict[str, float] = {}
     if start is None:
         sketches = {n: _begin(w, ranks[n], f"{seed}:{n}") for n, w in weights.items()}
-        receive = _turning(layers, sketches, center, weighted=passes == 0)
-        _stream(model, samples, layers, receive, f"sketch, pass 1/{passes + 1}")
+        receive = _turning(layers, sketches, center, _WEIGHTED if passes else 1)
+        _stream(model, samples, layers, receive, f"sketch, pass 1/{passes + 1}", True)
     else:
         if missing := [name for name in layers if name not in start]:
             raise UserError(f"{missing[0]}: is no target of the sketch to start with")
-        sizes = {name: _least(weight, ranks[name]) for name, weight in weights.items()}
         sketches = {name: start.pop(name) for name in layers}
         start.clear()
-    _check_finite(layers, {name: sums for name, (_, sums) in sketches.items()})
+        # How many times the rows that it started with a module needs.
+        lacking = {
+            name: _least(weight, ranks[name]) / (len(sketches[name][0]) - _PROBES)
+            for name, weight in weights.items()
+        }
     # Rows that a module needs beyond those of its start are fresh ones in the next run; many more
     # need one run more to become as good as the others.
-    lacking = {name: size / len(sketches[name][0]) for name, size in sizes.items()}
-    runs = max(passes, 1 if sizes else 0) + int(max(lacking.values(), default=0) > _GROWTH)
-    for number in range(runs):
-        # Y = G C, so this is a step of subspace iteration on (W C)^T (W C): each run through the
-        # samples multiplies by C once.
-        for name, weight in weights.items():
-            test = _aim(weight, *sketches[name])
-            if lacking.get(name, 0) > 1 and number == 0:
-                test = _grow(weight, test, ranks[name], f"{seed}:{name}:")
-            sketches[name] = test, test.new_zeros(test.shape)
-        receive = _turning({}, sketches, center)
-        _stream(model, samples, layers, receive, f"sketch, pass {number + 2}/{runs + 1}")
+    least = 0 if start is None else 1 + int(max(lacking.values(), default=0) > _GROWTH)
+    runs = max(passes + max(0, least - 1), least)
+    found: dict[str, Tensor] = {}
+    for number in range(runs + 1):
         _check_finite(layers, {name: sums for name, (_, sums) in sketches.items()})
-    return {n: _nystrom(weights[n], *sketches.pop(n), ranks[n]) for n in layers}
+        for name in list(sketches):
+            probed = number in range(max(1, runs))
+            image = _Image(weights[name], *sketches.pop(name), ranks[name], probed)
+            lacks = number == 0 and lacking.get(name, 0) > 1
+            if number == runs or (not lacks and _SAFETY * image.missed() <= tolerance):
+                found[name] = image.subspace()
+                continue
+            # Y = G C, so this is a step of subspace iteration on (W C)^T (W C): each run through
+            # the samples multiplies by C once.
+            test = image.aim()
+            if lacks:
+                test = _grow(weights[name], test, ranks[name], f"{seed}:{name}:")
+            if number + 1 < runs:
+                test = _probed(test, f"{seed}:{name}:{number + 1}")
+            sketches[name] = test, test.new_zeros(test.shape)
+        del image
+        if not sketches:
+            break
+        left = {name: layers[name] for name in sketches}
+        what = f"sketch, pass {number + 2}/{runs + 1}"
+        _stream(model, samples, left, _turning({}, sketches, center), what, True)
+    return {name: found[name] for name in layers}
 
 
 def _turning(
     layers: Mapping[str, nn.Module],
     sketches: dict[str, tuple[Tensor, Tensor]],
     center: bool,
-    weighted: bool = False,
-) -> Callable[[str, Tensor, int], None]:
+    weighted: int = 1,
+) -> Callable[[str, Tensor, _Call], None]:
     """Return what adds an input to its sketch; those of `layers` turn after 1, 4, 16, ... samples.
 
-    Towards C alone, which costs no product with the weight: the next pass aims at W C. `weighted`
-    turns towards W C, for a sketch that no further pass follows. Turning twice as often gains
-    little.
+    Towards C alone, which costs no product with the weight, before `weighted` samples, and then
+    towards W C. Turning twice as often gains little.
     """
     turned: dict[str, int] = {}
 
-    def receive(name: str, inputs: Tensor, index: int) -> None:
-        due = index.bit_count() == 1 and index.bit_length() % 2 == 1
-        if due and name in layers and turned.get(name) != index:
-            weight = weight_matrix(layers[name]) if weighted else None
-            sketches[name] = _turn(weight, *sketches[name])
-            turned[name] = index
+    def receive(name: str, inputs: Tensor, call: _Call) -> None:
+        stage = (call.before.bit_length() + 1) // 2  # as many of 1, 4, 16, ... went before
+        if name in layers and stage > turned.get(name, 0):
+            aimed = 4 ** (stage - 1) >= weighted
+            _turn(weight_matrix(layers[name]) if aimed else None, *sketches[name])
+            turned[name] = stage
         test, sums = sketches[name]
-        rows = _rows(inputs, center)
+        rows = call.rows(inputs, center)
         sums.addmm_((rows @ test.T).T, rows)
 
     return receive
 
 
 def _begin(weight: Tensor, rank: int, key: str) -> tuple[Tensor, Tensor]:
-    test = _first_test(weight, rank, key)
+    test = _probed(_first_test(weight, rank, key), key)
     return test, test.new_zeros(test.shape)
+
+
+def _probed(test: Tensor, key: str) -> Tensor:
+    """Return a test matrix with further rows that nothing is aimed by: they tell what it misses."""
+    import torch
+
+    return torch.cat([test, _random(_PROBES, test.shape[1], f"{key}:probes").to(test)])
+
+
+def _random(rows: int, columns: int, key: str) -> Tensor:
+    """Return normal numbers that the key determines."""
+    import torch
+
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(rows, columns, generator=generator)
 
 
 def _grow(weight: Tensor, test: Tensor, rank: int, key: str) -> Tensor:
@@ -504,44 +585,33 @@ def _least(weight: Tensor, rank: int) -> int:
 
 def _first_test(weight: Tensor, rank: int, key: str) -> Tensor:
     """Return orthonormal random rows: (rank + oversampling, in_features)."""
-    import torch
-
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    rows = torch.randn(sketch_rows(*weight.shape, rank), weight.shape[1], generator=generator)
+    rows = _random(sketch_rows(*weight.shape, rank), weight.shape[1], key)
     return _orthonormal_rows(rows.to(weight.device).double()).float()
 
 
-def _turn(weight: Tensor | None, test: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the next test matrix G' and Y' = G' C, with C rebuilt from G and Y.
+def _turn(weight: Tensor | None, test: Tensor, sums: Tensor) -> None:
+    """Replace G and Y, but for their probes, by G' and Y' = G' C, with C rebuilt from G and Y.
 
     G' is an orthonormal basis of the rows of Y, or of Y W^T W where a weight is given.
     """
     import torch
 
+    test, sums = test[:-_PROBES], sums[:-_PROBES]
     scale = _largest(sums)
     if not scale.isfinite():
-        return test, sums  # reported, with the module's name, at the end of the run
+        return  # reported, with the module's name, at the end of the run
     factor, shift = _factor(test, sums / scale)
     if weight is None:
         lower, _ = _cholesky(factor @ factor.T)
         # F^T = L G' with orthonormal G': G' F F^T = L^T F^T
-        following = torch.linalg.solve_triangular(lower, factor, upper=False).float()
-        carried = lower.T.float() @ factor.float()
+        test.copy_(torch.linalg.solve_triangular(lower, factor, upper=False))
+        torch.mm(lower.T.float(), factor.float(), out=sums)
     else:
         short = factor.float()
-        following = _orthonormal_rows(_times(_times(short, weight.T), weight).double()).float()
-        carried = ((following.double() @ factor.T) @ factor).float()
-    return following, (carried - shift.float() * following) * scale
-
-
-def _aim(weight: Tensor, test: Tensor, sums: Tensor) -> Tensor:
-    """Return the next pass's test matrix, an orthonormal basis of the rows of Y W^T W.
-
-    They are those of F^T W^T W, whose condition is only the root of it.
-    """
-    factor, _ = _factor(test, sums / _largest(sums))
-    return _orthonormal_rows(_times(_times(factor.float(), weight.T), weight).double()).float()
+        aimed = _orthonormal_rows(_times(_times(short, weight.T), weight).double())
+        test.copy_(aimed)
+        torch.mm((aimed @ factor.T).float(), short, out=sums)
+    sums.addcmul_(test, -shift.float()).mul_(scale)
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -618,21 +688,108 @@ def _factor(test: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(lower, shifted, upper=False), shift
 
 
-def _nystrom(weight: Tensor, test: Tensor, sums: Tensor, rank: int) -> Tensor:
-    """Return the top right singular vectors of W F F^T."""
-    import torch
+class _Image:
+    """W C as a sketch shows it: W F F^T, with F^T F and W F at hand.
 
-    factor, _ = _factor(test, sums / _largest(sums))
-    factor /= _largest(factor)
-    image = _times(factor.float(), weight.T).double()
-    basis = _orthonormal_rows(factor)
-    # W F F^T = image^T (factor basis^T) basis: its right singular vectors are those of a small
-    # matrix, turned by the basis.
-    small = (image @ image.T) / _largest(image) ** 2
-    turn = factor @ basis.T
-    # on the host, where small matrices take the least time
-    small = (turn.T @ small @ turn).cpu()
-    with _one_thread():
-        vectors = torch.linalg.eigh(small).eigenvectors
-    top = vectors.flip(1)[:, :rank].T.to(basis.device)
-    return _finish(top @ basis)
+    Parameters
+    ----------
+    weight
+        (out_features, in_features).
+    test, sums
+        G and Y; with `probed` their last rows are probes.
+    rank
+        Number of vectors that are asked for.
+    probed
+        Whether `missed` is wanted.
+    """
+
+    def __init__(self, weight: Tensor, test: Tensor, sums: Tensor, rank: int, probed: bool) -> None:
+        kept = len(test) - _PROBES if probed else len(test)
+        self.weight, self.rank = weight, rank
+        scale = _largest(sums[:kept])
+        self.factor, _ = _factor(test[:kept], sums[:kept] / scale)
+        size = _largest(self.factor)
+        self.factor /= size
+        self.image = _times(self.factor.float(), weight.T)
+        # what the probes see of C / (scale size^2) and F F^T does not hold
+        seen = sums[kept:].double() / (scale.double() * size**2)
+        rest = seen - (test[kept:].double() @ self.factor.T) @ self.factor
+        self.thrown = _times(rest.float(), weight.T)
+
+    @functools.cached_property
+    def basis(self) -> tuple[Tensor, Tensor | None]:
+        """L and, where F^T = L Q was not found by Cholesky's way, the orthonormal rows Q."""
+        import torch
+
+        lower, failed = _cholesky(self.factor @ self.factor.T)
+        diagonal = lower.diagonal()
+        if failed or not diagonal.min() > 1e-6 * diagonal.max():
+            rows = torch.linalg.qr(self.factor.T).Q.T.contiguous()
+            return self.factor @ rows.T, rows
+        return lower, None
+
+    @functools.cached_property
+    def right(self) -> tuple[Tensor, Tensor]:
+        """Return the largest squared singular values of W F F^T and its right singular vectors.
+
+        W F F^T = (F^T W^T)^T L Q: they are those of a small matrix, turned by Q.
+        """
+        import torch
+
+        turn, _ = self.basis
+        image = self.image.double()
+        # on the host, where small matrices take the least time
+        small = (turn.T @ (image @ image.T) @ turn).cpu()
+        with _one_thread():
+            values, vectors = torch.linalg.eigh(small / _largest(small))
+        values = values.flip(0)[: self.rank].clamp_min(0) * _largest(small)
+        return values.to(turn.device), vectors.flip(1)[:, : self.rank].to(turn.device)
+
+    def subspace(self) -> Tensor:
+        """Return the top right singular vectors as `input_subspaces` does."""
+        import torch
+
+        _, vectors = self.right
+        lower, rows = self.basis
+        if rows is None:
+            turned = torch.linalg.solve_triangular(lower, vectors.T, upper=False, left=False)
+            return _finish(turned @ self.factor)
+        return _finish(vectors.T @ rows)
+
+    def missed(self) -> float:
+        """Return an estimate of the share of the energy ||W C A^T||^2 that is missed.
+
+        The vectors u of the largest singular values turn by u^T W E, E = C - F F^T, to first order;
+        the energy that is lost by it is, to second order, ||U^T W E||^2 at most. Beside it counts
+        what W E holds elsewhere, where single directions of it are stronger than the weakest that
+        were found. Both are means over the probes, normal rows.
+        """
+        import torch
+
+        values, vectors = self.right
+        turn, _ = self.basis
+        left = (self.image.double().T @ (turn @ vectors)) / values.clamp_min(_TINY).sqrt()
+        thrown = self.thrown.double()
+        inside = thrown @ left
+        elsewhere = thrown - inside @ left.T
+        strengths = torch.linalg.eigvalsh((elsewhere @ elsewhere.T).cpu())
+        # what all probes see alike is the sum of many weak directions
+        strong = (strengths - strengths[0]).flip(0) / len(thrown)
+        weakest = values.flip(0)[: len(strong)].cpu()
+        swapped = (strong[: len(weakest)] - weakest).clamp_min(0).sum()
+        lost = inside.pow(2).sum().cpu() / len(thrown) + swapped
+        return (lost / values.sum().cpu().clamp_min(_TINY)).item()
+
+    def aim(self) -> Tensor:
+        """Return the next run's test matrix, an orthonormal basis of the rows of Y W^T W.
+
+        They are those of F^T W^T W, whose condition is only the root of it. What the probes see
+        beyond comes with them.
+        """
+        import torch
+
+        image = self.image
+        if len(image) + len(self.thrown) <= min(self.weight.shape) and self.thrown.any():
+            size = _largest(image) / _largest(self.thrown)
+            image = torch.cat([image, self.thrown * size])
+        return _orthonormal_rows(_times(image, self.weight).double()).float()

@@ -59,7 +59,8 @@ def test_samples_weigh_the_same_whatever_their_length(tiny, rows):
     each = [sensitivity(tiny("llama"), [sample], "all-linear") for sample in samples]
     together = sensitivity(tiny("llama"), samples, "all-linear")
     for name, value in together.items():
-        assert value == pytest.approx(sum(one[name] for one in each) / len(each), rel=1e-9)
+        # but for the rounding of what goes through the model together
+        assert value == pytest.approx(sum(one[name] for one in each) / len(each), rel=1e-6)
 
 
 def test_bfloat16(tiny, rows):
@@ -172,7 +173,7 @@ def test_products_in_pieces(tiny, rows, monkeypatch):
     assert sensitivity(tiny("gpt2"), rows("gpt2"), "all-linear") == pytest.approx(whole, rel=1e-6)
 
 
-def test_devices_are_waited_for_once_a_sample(tiny, rows, monkeypatch):
+def test_devices_are_waited_for_once_a_backward_pass(tiny, rows, monkeypatch):
     """Sensitivities stay on their device; what the model itself reads does not count."""
     model, samples, made = tiny("llama"), rows("llama"), []
     original, read = home._Products.mean, home._read
@@ -180,10 +181,12 @@ def test_devices_are_waited_for_once_a_sample(tiny, rows, monkeypatch):
     reads = []
     monkeypatch.setattr(home, "_read", lambda found: reads.append(len(found)) or read(found))
     home.sensitivity(model, samples, "all-linear")
-    assert reads == [14] * len(samples)
+    assert set(reads) == {14}
+    assert len(reads) <= len(samples)
     assert {(type(value), value.dtype, value.dim()) for value in made} == {
-        (torch.Tensor, torch.float64, 0)
+        (torch.Tensor, torch.float64, 1)
     }
+    assert sum(len(value) for value in made) == 14 * len(samples)
 
 
 def test_frozen_parameters_get_no_gradient(tiny, rows):
@@ -200,20 +203,25 @@ def test_frozen_parameters_get_no_gradient(tiny, rows):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_is_used_and_changes_nothing(tiny, rows, family, reentrant):
     samples = rows(family)
-    expected = sensitivity(tiny(family), samples, "all-linear")
+
+    def run(model) -> tuple[dict[str, float], int]:
+        runs = []
+        layer = next(
+            m for n, m in model.named_modules() if n.endswith(("mlp.act_fn", "DenseReluDense.act"))
+        )
+        handle = layer.register_forward_hook(lambda *_: runs.append(1))
+        try:
+            return sensitivity(model, samples, "all-linear"), len(runs)
+        finally:
+            handle.remove()
+
+    expected, plain = run(tiny(family))
     model = tiny(family)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    runs = []
-    layer = next(
-        m for n, m in model.named_modules() if n.endswith(("mlp.act_fn", "DenseReluDense.act"))
-    )
-    handle = layer.register_forward_hook(lambda *_: runs.append(1))
-    try:
-        found = sensitivity(model, samples, "all-linear")
-    finally:
-        handle.remove()
+    found, checkpointed = run(model)
     assert found == pytest.approx(expected, rel=1e-6)
-    assert len(runs) % (2 * len(samples)) == 0, "forward was not run again in backward"
+    # A trial of what may go together has three runs without a backward pass.
+    assert checkpointed - plain == plain - (3 if family == "llama" else 0)
     assert all("forward" not in vars(module) for module in model.modules())
 
 
