@@ -48,6 +48,8 @@ _SAFETY = 4
 # Samples from which on a sketch turns towards W C and not towards C.
 _WEIGHTED = 16
 _TINY = 1e-300
+# Numbers of a float64 copy that is made at a time.
+_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Elements of a weight that are turned into float32 at a time.
 _CHUNK = 1 << 24
 
@@ -565,7 +567,7 @@ def _grow(weight: Tensor, test: Tensor, rank: int, key: str) -> Tensor:
     import torch
 
     fresh = _first_test(weight, rank, key)[: _least(weight, rank) - len(test)]
-    return _orthonormal_rows(torch.cat([test, fresh]).double()).float()
+    return _orthonormal_rows(torch.cat([test, fresh]))
 
 
 def sketch_rows(out_features: int, in_features: int, rank: int) -> int:
@@ -586,7 +588,7 @@ def _least(weight: Tensor, rank: int) -> int:
 def _first_test(weight: Tensor, rank: int, key: str) -> Tensor:
     """Return orthonormal random rows: (rank + oversampling, in_features)."""
     rows = _random(sketch_rows(*weight.shape, rank), weight.shape[1], key)
-    return _orthonormal_rows(rows.to(weight.device).double()).float()
+    return _orthonormal_rows(rows.to(weight.device))
 
 
 def _turn(weight: Tensor | None, test: Tensor, sums: Tensor) -> None:
@@ -594,23 +596,20 @@ def _turn(weight: Tensor | None, test: Tensor, sums: Tensor) -> None:
 
     G' is an orthonormal basis of the rows of Y, or of Y W^T W where a weight is given.
     """
-    import torch
-
     test, sums = test[:-_PROBES], sums[:-_PROBES]
     scale = _largest(sums)
     if not scale.isfinite():
         return  # reported, with the module's name, at the end of the run
-    factor, shift = _factor(test, sums / scale)
+    shift = _factor(test, sums, scale)  # Y is F^T from here on
     if weight is None:
-        lower, _ = _cholesky(factor @ factor.T)
+        lower, _ = _cholesky(_product(sums, sums))
         # F^T = L G' with orthonormal G': G' F F^T = L^T F^T
-        test.copy_(torch.linalg.solve_triangular(lower, factor, upper=False))
-        torch.mm(lower.T.float(), factor.float(), out=sums)
+        _combine(_inverse(lower), sums, out=test)
+        _combine(lower.T, sums, out=sums)
     else:
-        short = factor.float()
-        aimed = _orthonormal_rows(_times(_times(short, weight.T), weight).double())
-        test.copy_(aimed)
-        torch.mm((aimed @ factor.T).float(), short, out=sums)
+        aimed = _times(_times(sums, weight.T), weight)
+        test.copy_(_orthonormal_rows(aimed))
+        _combine(_product(test, sums), sums, out=sums)
     sums.addcmul_(test, -shift.float()).mul_(scale)
 
 
@@ -619,6 +618,61 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     with _one_thread():
         return torch.linalg.cholesky_ex(matrix)
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    import torch
+
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+
+
+def _doubled(*matrices: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yield columns and their float64 copies, a block at a time that stays in a processor's cache.
+
+    The copies are written to the same memory again and again: fresh memory takes longer than what
+    is done with them.
+    """
+    import torch
+
+    columns = matrices[0].shape[1]
+    height = max(len(matrix) for matrix in matrices)
+    size = _BLOCK.get(matrices[0].device.type, _BLOCK["cuda"])
+    step = min(columns, max(1, size // max(1, height)))
+    spaces = [matrix.new_empty(len(matrix) * step, dtype=torch.float64) for matrix in matrices]
+    for start in range(0, columns, step):
+        block = slice(start, min(start + step, columns))
+        shapes = [(len(matrix), block.stop - start) for matrix in matrices]
+        copies = [
+            space[: math.prod(shape)].view(shape)
+            for space, shape in zip(spaces, shapes, strict=True)
+        ]
+        for copy, matrix in zip(copies, matrices, strict=True):
+            copy.copy_(matrix[:, block])
+        yield block, copies
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Return one other^T in float64 of float32 rows, without float64 copies of them whole."""
+    import torch
+
+    found = one.new_zeros(len(one), len(other), dtype=torch.float64)
+    for _, copies in _doubled(one) if other is one else _doubled(one, other):
+        found.addmm_(copies[0], copies[-1].T)
+    return found
+
+
+def _combine(factors: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return factors rows, computed in float64 and rounded to float32; `out` may be `rows`."""
+    import torch
+
+    if out is None:
+        out = rows.new_empty(len(factors), rows.shape[1])
+    space = None
+    for block, (copy,) in _doubled(rows):
+        if space is None or space.shape[1] != copy.shape[1]:
+            space = copy.new_empty(len(factors), copy.shape[1])
+        out[:, block] = torch.mm(factors, copy, out=space)
+    return out
 
 
 @contextlib.contextmanager
@@ -648,14 +702,21 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _orthonormal_rows(rows: Tensor) -> Tensor:
-    """Return an orthonormal basis of the rows, in float64, by matrix products where they allow."""
+    """Return an orthonormal basis of float32 rows, by matrix products where they allow."""
+    lower, basis = _triangular(rows)
+    return _combine(_inverse(lower), rows, out=rows) if basis is None else basis
+
+
+def _triangular(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return L and Q of rows = L Q with orthonormal Q; Q is None where it is L^-1 rows."""
     import torch
 
-    lower, failed = _cholesky(rows @ rows.T)
+    lower, failed = _cholesky(_product(rows, rows))
     diagonal = lower.diagonal()
     if failed or not diagonal.min() > 1e-6 * diagonal.max():
-        return torch.linalg.qr(rows.T).Q.T.contiguous()
-    return torch.linalg.solve_triangular(lower, rows, upper=False)
+        basis = torch.linalg.qr(rows.double().T).Q.T.float().contiguous()
+        return _product(rows, basis), basis
+    return lower, None
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -665,27 +726,29 @@ def _largest(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, torch.inf).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def _factor(test: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return F^T and v of the Nystrom reconstruction C + v = Y^T (Y G^T)^-1 Y = F F^T, in float64.
+def _factor(test: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
+    """Write F^T of the Nystrom reconstruction C + v = Y^T (Y G^T)^-1 Y = F F^T over Y; return v.
 
-    Y is a float32 sum: what lies below its rounding is noise, which the inverse would blow up. So
-    C is shifted by that much: Y becomes Y + v G.
+    C and Y are divided by `scale` first. Y is a float32 sum: what lies below its rounding is noise,
+    which the inverse would blow up. So C is shifted by that much: Y becomes Y + v G.
     """
     import torch
 
-    shifted, test = sums.double(), test.double()
-    core = shifted @ test.T
+    core = _product(sums, test) / scale
     core = (core + core.T) / 2
     tiny = torch.finfo(torch.float32).tiny
-    shift = (torch.finfo(torch.float32).eps * sums.norm()).clamp_min(tiny).double()
+    shift = (torch.finfo(torch.float32).eps * (sums.norm() / scale)).clamp_min(tiny).double()
     while True:
         # G's rows are orthonormal to float32: v G G^T = v
         lower, failed = _cholesky(core + shift * torch.eye(len(core)).to(core))
         if not failed:
             break
         shift = 4 * shift
-    shifted.addcmul_(test, shift)
-    return torch.linalg.solve_triangular(lower, shifted, upper=False), shift
+    inverse = _inverse(lower)
+    for block, (shifted, also) in _doubled(sums, test):
+        shifted.div_(scale).addcmul_(also, shift)
+        sums[:, block] = torch.mm(inverse, shifted, out=also)
+    return shift
 
 
 class _Image:
@@ -696,7 +759,7 @@ class _Image:
     weight
         (out_features, in_features).
     test, sums
-        G and Y; with `probed` their last rows are probes.
+        G and Y, which is overwritten; with `probed` their last rows are probes.
     rank
         Number of vectors that are asked for.
     probed
@@ -707,26 +770,19 @@ class _Image:
         kept = len(test) - _PROBES if probed else len(test)
         self.weight, self.rank = weight, rank
         scale = _largest(sums[:kept])
-        self.factor, _ = _factor(test[:kept], sums[:kept] / scale)
-        size = _largest(self.factor)
-        self.factor /= size
-        self.image = _times(self.factor.float(), weight.T)
-        # what the probes see of C / (scale size^2) and F F^T does not hold
-        seen = sums[kept:].double() / (scale.double() * size**2)
-        rest = seen - (test[kept:].double() @ self.factor.T) @ self.factor
-        self.thrown = _times(rest.float(), weight.T)
+        self.factor = sums[:kept]
+        _factor(test[:kept], self.factor, scale)
+        self.image = _times(self.factor, weight.T)
+        # what the probes see of C / scale and F F^T does not hold
+        rest = sums[kept:] / scale
+        if probed:
+            rest -= _combine(_product(test[kept:], self.factor), self.factor)
+        self.thrown = _times(rest, weight.T)
 
     @functools.cached_property
     def basis(self) -> tuple[Tensor, Tensor | None]:
-        """L and, where F^T = L Q was not found by Cholesky's way, the orthonormal rows Q."""
-        import torch
-
-        lower, failed = _cholesky(self.factor @ self.factor.T)
-        diagonal = lower.diagonal()
-        if failed or not diagonal.min() > 1e-6 * diagonal.max():
-            rows = torch.linalg.qr(self.factor.T).Q.T.contiguous()
-            return self.factor @ rows.T, rows
-        return lower, None
+        """F^T = L Q, as `_triangular` gives it."""
+        return _triangular(self.factor)
 
     @functools.cached_property
     def right(self) -> tuple[Tensor, Tensor]:
@@ -752,9 +808,8 @@ class _Image:
         _, vectors = self.right
         lower, rows = self.basis
         if rows is None:
-            turned = torch.linalg.solve_triangular(lower, vectors.T, upper=False, left=False)
-            return _finish(turned @ self.factor)
-        return _finish(vectors.T @ rows)
+            vectors = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
+        return _finish(_combine(vectors.T, self.factor if rows is None else rows))
 
     def missed(self) -> float:
         """Return an estimate of the share of the energy ||W C A^T||^2 that is missed.
@@ -792,4 +847,4 @@ class _Image:
         if len(image) + len(self.thrown) <= min(self.weight.shape) and self.thrown.any():
             size = _largest(image) / _largest(self.thrown)
             image = torch.cat([image, self.thrown * size])
-        return _orthonormal_rows(_times(image, self.weight).double()).float()
+        return _orthonormal_rows(_times(image, self.weight))

@@ -175,7 +175,7 @@ def energies(layers: dict, covariances: dict, found: list[dict], exact: dict) ->
         block = max(sides, key=len)
         block = torch.cat([block, torch.randn(64, block.shape[1]).to(block)])
         for _ in range(3):
-            block = _orthonormal_rows(((block @ product.T) @ product).double()).float()
+            block = _orthonormal_rows((block @ product.T) @ product)
         image = (block @ product.T).double()
         values = torch.linalg.eigvalsh(image @ image.T)
         for index, one in enumerate(found):
