@@ -34,7 +34,7 @@ TUNED = (
 )
 CHECKPOINTS = 2
 PASSES = 2
-"""Runs through the samples that a sketch takes."""
+"""Runs through the samples that a sketch takes at most: the last is for modules that need it."""
 FORMS = 4
 """Models that the adapter gate loads in each number format: base, reloaded, exported, merged."""
 

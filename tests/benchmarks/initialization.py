@@ -31,6 +31,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import measuring
@@ -202,8 +203,11 @@ def rate(device: str, dtype: str) -> float:
     return 2 * 2048**3 / best
 
 
-def operations(layers: dict, options: argparse.Namespace) -> dict[str, float]:
-    """Return the FLOPs that are needed by the passes and by the sketch."""
+def operations(layers: dict, options: argparse.Namespace, further: bool) -> dict[str, float]:
+    """Return the FLOPs that are needed by the passes and by the sketch.
+
+    `further`: whether the sketch has a run of its own beside the sensitivity's passes.
+    """
     from tlora.subspace import sketch_rows
 
     tokens = options.samples * options.tokens
@@ -214,10 +218,28 @@ def operations(layers: dict, options: argparse.Namespace) -> dict[str, float]:
     product = sum(sizes[n] * layer.weight.numel() for n, layer in layers.items())
     return {
         "sensitivity's passes": tokens * (6 * weights + 4 * head),
-        "the sketch's own forward pass": tokens * 2 * weights,
-        "streaming the sketch": 2 * tokens * 4 * stream,
-        "products of the sketch with the weights": 6 * product,
+        "the sketch's own forward pass": further * tokens * 2 * weights,
+        "streaming the sketch": (1 + further) * tokens * 4 * stream,
+        "products of the sketch with the weights": (2 + 4 * further) * product,
     }
+
+
+def floor_of(run: Callable[[], object], device: str) -> float:
+    """Return the seconds of a run's matrix products alone, each at its number format's rate."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counted: Counter = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket._qualified_op_name in ("aten::mm", "aten::addmm_"):
+                left, right = args[-2:]
+                counted[str(left.dtype)[6:]] += 2 * math.prod(left.shape) * right.shape[1]
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        run()
+    return sum(count / rate(device, dtype) for dtype, count in counted.items())
 
 
 def label(options: argparse.Namespace) -> str:
@@ -260,9 +282,10 @@ def compare(options: argparse.Namespace, names: tuple[str, ...] = ()) -> None:
     what = label(options)
     modules = f" ({', '.join(names)})" if names else ""
     theirs = streams["full"] + decompositions
+    least = floor_of(lambda: input_subspaces(replay, indices, ranks), options.device)
     measuring.row(
         f"covariance + SVD{modules}, {what}; one SVD a shape, times {sum(shapes.values())} modules",
-        f"{streams['ours']:.1f} s",
+        f"{streams['ours']:.1f} s (its matrix products at the rate of one of 2048: {least:.1f} s)",
         f"{theirs:.0f} s ({streams['full']:.1f} + {decompositions:.0f})",
         f"{theirs / streams['ours']:.1f} x faster",
     )
@@ -300,19 +323,22 @@ def in_all(options: argparse.Namespace, model, samples: list[dict], decomposed: 
 
     `decomposed`: seconds of covariance and SVD.
     """
-    from tlora import allocate, input_subspaces, sensitivity
+    from tlora import allocate, input_subspaces, sensitivity, subspace
     from tlora.modules import module_shapes
     from tlora.subspace import sketching
 
-    layers, kept = targets(model), {}
+    layers, kept, runs = targets(model), {}, []
 
     def ours() -> None:
+        runs.clear()
         with sketching(model, "all-linear", options.rank) as start:
             scores = sensitivity(model, samples, "all-linear")
         ranks = allocate(scores, options.rank, options.rank, module_shapes(model)).ranks
         ranks = {name: rank for name, rank in ranks.items() if rank}
         kept.update(input_subspaces(model, samples, ranks, start=start))
 
+    stream = subspace._stream
+    subspace._stream = lambda *args: (runs.append(1), stream(*args))
     spent = measuring.alternating(
         {
             "ours": ours,
@@ -321,11 +347,15 @@ def in_all(options: argparse.Namespace, model, samples: list[dict], decomposed: 
         },
         max(1, options.repeat - 2),
     )
+    subspace._stream = stream
     theirs = spent["passes"] + decomposed
-    floor = sum(operations(layers, options).values()) / rate(options.device, options.dtype)
+    floor = sum(operations(layers, options, bool(runs)).values()) / rate(
+        options.device, options.dtype
+    )
     what = label(options)
     measuring.row(
-        f"initialisation in all (of it the sensitivity, its passes shared), {what}",
+        f"initialisation in all (of it the sensitivity, its passes shared; {len(runs)} further run "
+        f"of the sketch), {what}",
         f"{spent['ours']:.1f} s ({spent['sensitivity']:.1f}), floor {floor:.1f} s",
         f"{theirs:.0f} s ({spent['passes']:.1f})",
         f"{theirs / spent['ours']:.1f} x faster",
@@ -442,7 +472,7 @@ def peft_methods(options: argparse.Namespace) -> None:
 
 def disk(options: argparse.Namespace) -> None:
     """Print the bytes of calibration artefacts of Llama-2-7B, from shapes."""
-    from tlora.subspace import sketch_rows
+    from tlora.subspace import _PROBES, sketch_rows
 
     inputs = [4096] * 6 + [11008]
     outputs = [4096] * 4 + [11008] * 2 + [4096]
@@ -457,7 +487,7 @@ def disk(options: argparse.Namespace) -> None:
         f"{shared / 1e9:.1f} GB; {each / 1e9:.1f} GB",
         f"{shared / kept:.0f} x; {each / kept:.0f} x less",
     )
-    sizes = [sketch_rows(m, n, rank) for m, n in zip(outputs, inputs, strict=True)]
+    sizes = [sketch_rows(m, n, rank) + _PROBES for m, n in zip(outputs, inputs, strict=True)]
     sketch = 2 * 4 * layers * sum(size * n for size, n in zip(sizes, inputs, strict=True))
     measuring.row(
         f"the same in memory: sketch (G and Y, {min(sizes)} to {max(sizes)} rows each) beside "
@@ -494,7 +524,7 @@ def profile(options: argparse.Namespace) -> None:
         print(found.key_averages().table(sort_by=sort, row_limit=14, max_name_column_width=40))
     speed = rate(options.device, options.dtype)
     print(f"floor at {speed / 1e9:,.0f} GFLOP/s, what a matrix product of 2048 reaches here:")
-    for name, needed in operations(layers, options).items():
+    for name, needed in operations(layers, options, True).items():
         print(f"  {name}: {needed / 1e12:.2f} TFLOP, {needed / speed:.2f} s")
 
 

@@ -18,7 +18,7 @@ import measuring
 from initialization import build, targets
 
 RANGES = {
-    "width": (256, 384, 512, 768, 1024),
+    "width": (256, 512, 1024, 2048),
     "layers": (1, 2, 4, 8),
     "samples": (4, 8, 16, 32),
     "rank": (16, 32, 64, 128),
@@ -66,10 +66,20 @@ def draw(found: dict[str, dict[int, tuple]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(found), figsize=(12, 3), layout="constrained")
     for axis, (name, costs) in zip(axes, found.items(), strict=True):
         for index, kind in enumerate(KINDS[:2]):
-            axis.loglog(list(costs), [cost[index] for cost in costs.values()], "o-", label=kind)
+            seconds = [cost[index] for cost in costs.values()]
+            label = f"{kind}: {name}^{exponent(tuple(costs), seconds):.2f}"
+            axis.loglog(list(costs), seconds, "o-", label=label)
         axis.set_xlabel(name)
+        axis.set_xticks(list(costs), labels=list(map(str, costs)))
+        axis.minorticks_off()
+        ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+        axis.set_yticks(ticks, labels=list(map(str, ticks)))
+        axis.set_ylim(
+            0.8 * min(min(cost[:2]) for costs in found.values() for cost in costs.values()),
+            1.9 * max(max(cost[:2]) for costs in found.values() for cost in costs.values()),
+        )
+        axis.legend(loc="upper left", fontsize="small")
     axes[0].set_ylabel("seconds")
-    axes[0].legend()
     figure.savefig(path, dpi=150)
 
 
