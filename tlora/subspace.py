@@ -814,11 +814,11 @@ class _Image:
     def missed(self) -> float:
         """Return an estimate of the share of the energy ||W C A^T||^2 that is missed.
 
-        With E = C - F F^T and U the left singular vectors that were found, perturbation theory gives
-        a loss of about ||U^T W E||^2, to second order. Beside it counts what W E holds elsewhere,
-        where single directions of it are stronger than the weakest that were found: U is blind to
-        them. Both are means over the probes, normal rows. On spectra that fall it was within a
-        factor of 1.5 of what was missed, on flat ones within 3 (tests/unit/test_subspace.py).
+        With E = C - F F^T and U the left singular vectors that were found, perturbation theory
+        gives a loss of about ||U^T W E||^2, to second order. Beside it counts what W E holds
+        elsewhere, where single directions of it are stronger than the weakest that were found: U
+        is blind to them. Both are means over the probes, normal rows. On spectra that fall it was
+        within a factor of 1.5 of what was missed, on flat ones within 3.
         """
         import torch
 
