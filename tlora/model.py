@@ -33,6 +33,7 @@ def get_tlora_model(
     freeze_a: bool | None = None,
     seed: int = 0,
     passes: int = 1,
+    tolerance: float = 1e-4,
 ) -> PeftModel:
     """Return the model with a TLoRA adapter, ready for any trainer that takes PEFT models.
 
@@ -54,7 +55,7 @@ def get_tlora_model(
         How many samples to read at most (the paper has 32); None reads all.
     variant
         "paper" or "released": how ranks and scalings are allocated.
-    algorithm, seed, passes
+    algorithm, seed, passes, tolerance
         As in `input_subspaces`.
     center, freeze_a
         None follows the variant: "paper" does not center and freezes A, "released" the reverse.
@@ -86,6 +87,7 @@ def get_tlora_model(
         seed=seed,
         passes=passes,
         start=start,
+        tolerance=tolerance,
     )
     return build_adapter(
         model, allocation, subspaces, freeze_a=not released if freeze_a is None else freeze_a

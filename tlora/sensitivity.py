@@ -45,9 +45,9 @@ def sensitivity(
 
     Absolute values are of each sample's own gradient, without its padding; a sample's loss is the
     mean over its label tokens. So the result does not depend on the batch size. Samples that are
-    short and of about equal length go through the model together, where a trial shows that this
-    changes nothing. Gradients of weights are made in pieces, each reduced to a number before the
-    next; whole ones, one at a time, only where a weight is used more than once.
+    short and of about equal length go through the model together, up to 512 tokens, where a trial
+    shows that this changes nothing. Gradients of weights are made in pieces, each reduced to a
+    number before the next; whole ones, one at a time, only where a weight is used more than once.
 
     Parameters
     ----------

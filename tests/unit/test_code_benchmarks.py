@@ -310,7 +310,7 @@ LINES = (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(LINES), max_size=12))
 def test_longest_code_is_that_of_evalplus(lines: list[str]) -> None:
     from evalplus.sanitize import code_extract
@@ -352,7 +352,7 @@ def same(one: object, other: object) -> bool:
     return repr(one) == repr(other) if isinstance(one, float) else True
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PLAIN)
 def test_plain_data_is_written_down_exactly(value: object) -> None:
     assert same(recorder.decode(json.dumps(recorder.encode(value))), value)

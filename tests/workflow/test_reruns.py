@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -35,10 +37,12 @@ def made(jobs: dict[str, Job]) -> set[tuple[str, str]]:
 
 
 def touch(folder: Path) -> None:
-    """Give every file below a folder a new time of change."""
-    for path in folder.rglob("*"):
+    """Give every file below a folder a new time of change, in no order."""
+    order = random.Random(0)
+    now = time.time()
+    for path in sorted(folder.rglob("*")):
         if path.is_file():
-            os.utime(path)
+            os.utime(path, (now, now - order.randrange(3600)))
 
 
 def test_nothing_changed(checkout: Project) -> None:
