@@ -18,7 +18,7 @@ from tlora.devices import claim as claim_gpus
 from tlora.distributed import launched, rank
 from tlora.errors import UserError
 from tlora.estimate import Assumptions
-from tlora.forks import VERBS, handed_over
+from tlora.forks import VERBS, handed_over, leave
 from tlora.lease import held, lease_folder, stamp_of
 
 STAGES = {
@@ -68,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tlora: {type(error).__name__}: {error} (see {log})", file=sys.stderr)
         return 2
     return 0
+
+
+def program() -> int:
+    """Be the command line; return only where little was loaded."""
+    status = main()
+    if "torch" in sys.modules:
+        leave(status)
+    return status
 
 
 def _logging(path: str | None) -> None:
@@ -427,4 +435,4 @@ def _table(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

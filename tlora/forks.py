@@ -11,6 +11,7 @@ Not used with a GPU: CUDA does not survive a fork once any library has touched i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -19,6 +20,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from typing import NoReturn
 
 VERBS = frozenset({"prepare", "calibrate", "initialize", "train", "export", "check", "generate"})
 """Stages that load what the server has loaded; the others start faster by themselves."""
@@ -35,7 +38,6 @@ def begin() -> None:
 
     Nothing happens where `TLORA_FORKS` is "off", or there is a GPU, or on other systems than Linux.
     """
-    import atexit
     import shutil
     import tempfile
 
@@ -158,6 +160,22 @@ def serve(descriptor: int) -> None:
                 poll.register(caller, select.POLLRDHUP)
 
 
+def leave(status: int) -> NoReturn:
+    """End this process as the interpreter does, but for taking apart all that was ever loaded.
+
+    With torch and transformers that takes half a second to a second, in a fork the copying of most
+    of the server's memory. What is left to do is done: other threads are waited for, functions of
+    `atexit` are called, what was printed is written. As `multiprocessing` ends its forks.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = 141
+    os._exit(status)
+
+
 def _end(caller: socket.socket, code: int) -> None:
     with caller, contextlib.suppress(OSError):
         caller.sendall(f"status {code if code >= 0 else 128 - code}\n".encode())
@@ -168,8 +186,13 @@ def _load() -> None:
     import gc
 
     import peft  # noqa: F401
+    import requests  # noqa: F401
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it says so otherwise
+    with contextlib.suppress(ImportError):
+        import deepspeed  # noqa: F401  # where it is installed, a Trainer loads it, used or not
 
     gc.freeze()  # a collection would write to every object's page
 

@@ -161,6 +161,56 @@ def test_ends(server: str, tmp_path: Path, body: str, status: int) -> None:
     assert ("ValueError: bad" in errors) == ("ValueError" in body)
 
 
+LEAVE = """
+import atexit, sys, threading, time
+from tlora.forks import leave
+class Loaded:
+    def __del__(self):
+        print("taken apart", flush=True)
+loaded = Loaded()
+def late():
+    time.sleep(0.5)
+    print("thread")
+threading.Thread(target=late).start()
+atexit.register(print, "atexit")
+print("said")
+leave(3)
+"""
+
+
+def test_leaving_does_what_is_left_to_do() -> None:
+    """Threads, atexit and buffered output, in the interpreter's order; nothing is taken apart."""
+    ended = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (3, "")
+    assert ended.stdout.split("\n") == ["said", "thread", "atexit", ""]
+
+
+@pytest.mark.parametrize(("loaded", "said"), [("torch", ""), ("json", "taken apart\n")])
+def test_the_command_line_leaves_where_torch_is_loaded(loaded: str, said: str) -> None:
+    code = (
+        f"import sys, {loaded}\nfrom tlora import cli\ncli.main = lambda: 4\n"
+        "class Loaded:\n    def __del__(self):\n        print('taken apart', flush=True)\n"
+        "loaded = Loaded()\nsys.exit(cli.program())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (4, said)
+
+
+def test_leaving_without_a_reader() -> None:
+    """As after `| head`: no traceback."""
+    code = "from tlora.forks import leave; print('x' * 10); leave(0)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_signals_reach_the_fork(server: str, tmp_path: Path) -> None:
     """A job that is told to stop may still write its checkpoint."""
     body = (

@@ -337,7 +337,7 @@ def test_wheel_holds_the_package_and_no_workflow_dependency(root: Path, tmp_path
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         fields = email.message_from_bytes(archive.read(metadata))
         (entries,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "tlora = tlora.cli:main" in archive.read(entries).decode()
+        assert "tlora = tlora.cli:program" in archive.read(entries).decode()
     modules = {path.relative_to(root).as_posix() for path in (root / "tlora").rglob("*.py")}
     assert modules <= names
     assert {name.split("/")[0] for name in names} == {"tlora", metadata.split("/")[0]}
