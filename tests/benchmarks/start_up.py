@@ -5,7 +5,7 @@
 A grid of one run and the base model is made once by real snakemake, a process a job; each verb's
 process notes at its end which modules it had loaded, in their order. Then processes that import the
 same modules and nothing else are timed, in turn with one that imports torch, transformers with its
-Trainer, peft, datasets, pandas, mlflow and all of tlora; medians. Verbs that start no job are timed
+Trainer, peft, deepspeed, datasets, pandas, mlflow, snakemake and all of tlora; medians. Verbs that start no job are timed
 whole. The bare start of Python, the same on both sides, is in all times. `--breakdown` prints what
 `-X importtime` says of the dearest packages of each verb instead. `--floors` times what the
 libraries themselves take, without a line of tlora, to load a tokenizer, a model, a model with an
@@ -38,7 +38,7 @@ overrides:
   - {benchmarks: [arithmetic], set: {data.test: 4, max_new_tokens: 2}}
 """
 EVERYTHING = """\
-import datasets, mlflow, pandas, peft, torch, transformers
+import datasets, deepspeed, mlflow, pandas, peft, snakemake.api, torch, transformers
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 import importlib, pkgutil, tlora
@@ -60,8 +60,8 @@ print(len(sys.modules))
 WHOLE = """\
 import atexit, sys
 atexit.register(lambda: print(len(sys.modules)))
-from tlora.cli import main
-sys.exit(main())
+from tlora.cli import program
+sys.exit(program())
 """
 # What `tlora` is in the small run: it notes what the first call of each verb had loaded.
 COMMAND = """\
