@@ -5,11 +5,11 @@
 A grid of one run and the base model is made once by real snakemake, a process a job; each verb's
 process notes at its end which modules it had loaded, in their order. Then processes that import the
 same modules and nothing else are timed, in turn with one that imports torch, transformers with its
-Trainer, peft, deepspeed, datasets, pandas, mlflow, snakemake and all of tlora; medians. Verbs that start no job are timed
-whole. The bare start of Python, the same on both sides, is in all times. `--breakdown` prints what
-`-X importtime` says of the dearest packages of each verb instead. `--floors` times what the
-libraries themselves take, without a line of tlora, to load a tokenizer, a model, a model with an
-adapter and a Trainer: no verb that needs one can start faster.
+Trainer, peft, deepspeed, datasets, pandas, mlflow, snakemake and all of tlora; medians. Verbs that
+start no job are timed whole. The bare start of Python, the same on both sides, is in all times.
+`--breakdown` prints what `-X importtime` says of the dearest packages of each verb instead.
+`--floors` times what the libraries themselves take, without a line of tlora, to load a tokenizer, a
+model, a model with an adapter and a Trainer: no verb that needs one can start faster.
 """
 
 from __future__ import annotations
