@@ -473,15 +473,16 @@ class _Estimator:
 def _sketch(shapes: list[tuple[int, ...]], rank: int, tokens: float) -> float:
     """Return the FLOPs of a sketch beside its forward passes (tlora/subspace.py).
 
-    Of Y = G C for each token and pass, and of products with the weight: two before each further
-    pass and one for the result.
+    Of Y = G C for each token and pass, and of products with the weight: two for each of two turns,
+    one for what the first run shows, and two for each further one.
     """
-    from tlora.subspace import sketch_rows
+    from tlora.subspace import further_rows, sketch_rows
 
     total = 0.0
     for shape in shapes:
-        rows = sketch_rows(*shape, rank)
-        total += rows * (4 * PASSES * tokens * shape[1] + (4 * PASSES - 2) * math.prod(shape))
+        streamed, product = 4 * tokens * shape[1], 2 * math.prod(shape)
+        total += sketch_rows(*shape, rank) * (streamed + 5 * product)
+        total += (PASSES - 1) * further_rows(*shape, rank) * (streamed + 2 * product)
     return total
 
 

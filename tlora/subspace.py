@@ -5,9 +5,10 @@ it streams Y = G C and rebuilds C from Y and G (Nystrom), for C is symmetric and
 semidefinite. Whenever the number of samples has quadrupled, G is turned towards the subspace seen
 so far and Y is carried over to the new G: within the same run and memory this brings most of what
 another run through the samples would. A few random rows beside are not turned: by them it is
-estimated what is missed, and modules that miss more than is tolerated get a further run, with G
-turned towards the subspace of W C. All that is as wide as the inputs goes through matrix products
-and triangular solves.
+estimated what is missed, and modules that miss more than is tolerated get a further run. Its G is
+the left singular vectors of W C as found so far, times W, and what it shows adds to what the first
+run did: C is rebuilt from both. All that is as wide as the inputs goes through matrix products and
+triangular solves.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import inspect
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,15 +41,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ALGORITHMS = ("sketch", "exact")
-# How many times the rows it started with a module may need without a further run.
+# How many times the rows it started with a module may need without a second further run.
 _GROWTH = 1.25
 # Rows of a first test matrix, its last ones, that only tell what the others miss.
 _PROBES = 8
 # So many times the estimate of what is missed must be tolerable.
-_SAFETY = 4
-# Samples from which on a sketch turns towards W C and not towards C.
-_WEIGHTED = 16
+_SAFETY = 2
+# A sketch of so many times the rows that it has seen tokens is not turned.
+_FEW = 4
+# Tokens a row from which on a sketch turns towards W C, where a further run may follow.
+_WEIGHTED = 8
+# Of the Gram matrix of a factor, relative: its rank may be less than its rows.
+_RIDGE = 1e-13
 _TINY = 1e-300
+# Squared singular values that are rounding, relative.
+_NONE = 1e-14
 # Numbers of a float64 copy that is made at a time.
 _BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Elements of a weight that are turned into float32 at a time.
@@ -91,8 +99,11 @@ def input_subspaces(
         iteration better. "exact" needs none.
     start
         What `sketching` gave while these samples went through the model: it is the sketch's first
-        run, with the same `center`; at least one of its own follows. It is emptied, to free what
-        is used up.
+        run, with the same `center`. Ranks above its rows take a further run, whatever `passes`
+        says. It is emptied, to free what is used up.
+    tolerance
+        Of a module's energy ||W C A^T||^2: where the sketch may miss more, by an estimate, it goes
+        into a further run.
 
     Returns
     -------
@@ -357,6 +368,46 @@ def _check_finite(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -
             raise UserError(f"{name}: input is NaN or infinite on the calibration samples")
 
 
+class _Owners:
+    """Which layers read the same tensor: the first of them owns it."""
+
+    def __init__(self) -> None:
+        self.alias: dict[str, str] = {}
+        # The input that each owner saw last. Weak, so that no activation is kept alive; the version
+        # tells a tensor that was changed in place since.
+        self._latest: dict[str, tuple[weakref.ref, int]] = {}
+        self._by_id: dict[int, str] = {}
+        self._started: dict[str, int] = {}
+
+    def of(self, name: str, inputs: Tensor, call: _Call) -> str:
+        """Return the owner of what a layer reads, which may be itself.
+
+        Raises
+        ------
+        UserError
+            Where it shares its input with another one on some calls only.
+        """
+        if name not in self.alias:
+            owner = self._by_id.get(id(inputs))
+            shared = owner is not None and self._started[owner] == call.before
+            self.alias[name] = owner if shared and self._same(owner, inputs) else name
+            self._started[name] = call.before
+        owner = self.alias[name]
+        if owner == name:
+            self._latest[name] = (weakref.ref(inputs), inputs._version)
+            self._by_id[id(inputs)] = name
+        elif not self._same(owner, inputs):
+            raise UserError(
+                f"{name}: shares its input with {owner} on some samples only: calibrate them one "
+                "at a time"
+            )
+        return owner
+
+    def _same(self, owner: str, inputs: Tensor) -> bool:
+        reference, version = self._latest[owner]
+        return reference() is inputs and inputs._version == version
+
+
 def _covariances(
     model: nn.Module,
     samples: list[dict[str, Tensor]],
@@ -366,41 +417,20 @@ def _covariances(
     import torch
 
     sums: dict[str, Tensor] = {}
-    alias: dict[str, str] = {}
-    # The input that each owner of a matrix saw last. Weak, so that no activation is kept alive;
-    # the version tells a tensor that was changed in place since.
-    latest: dict[str, tuple[weakref.ref, int]] = {}
-    by_id: dict[int, str] = {}
-    started: dict[str, int] = {}
-
-    def same(owner: str, inputs: Tensor) -> bool:
-        reference, version = latest[owner]
-        return reference() is inputs and inputs._version == version
+    owners = _Owners()
 
     def consume(name: str, inputs: Tensor, call: _Call) -> None:
-        owner = by_id.get(id(inputs))
-        if name not in alias:
-            shared = owner is not None and started[owner] == call.before and same(owner, inputs)
-            alias[name] = owner if shared else name
-            started[name] = call.before
-        if alias[name] != name:
-            if not same(alias[name], inputs):
-                raise UserError(
-                    f"{name}: shares its input with {alias[name]} on some samples only: calibrate "
-                    "them one at a time"
-                )
+        if owners.of(name, inputs, call) != name:
             return
         rows = call.rows(inputs, center)
         if name not in sums:
             sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         sums[name].addmm_(rows.T, rows)
-        latest[name] = (weakref.ref(inputs), inputs._version)
-        by_id[id(inputs)] = name
 
     _stream(model, samples, layers, consume, "covariance")
     _check_finite(layers, sums)
     with torch.no_grad():
-        return {name: matrix.div_(len(samples)) for name, matrix in sums.items()}, alias
+        return {n: matrix.div_(len(samples)) for n, matrix in sums.items()}, owners.alias
 
 
 def _exact(
@@ -422,7 +452,7 @@ def sketching(
     rank: int = 8,
     center: bool = False,
     seed: int = 0,
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+) -> Iterator[dict[str, Sketch]]:
     """Sketch what the target layers read of all that goes through the model inside.
 
     So the passes that the sensitivity needs are the sketch's first run, too:
@@ -437,23 +467,21 @@ def sketching(
         As in `tlora.sensitivity`. A call of the model is a sample, or as many as its
         `attention_mask` has rows.
     rank
-        What is expected of a module: the mean. Where a larger one is asked for afterwards, rows are
-        added; more than twice of it takes a further run.
+        What is expected of a module: the mean. A much larger one takes a further run.
     center, seed
         As in `input_subspaces`.
 
     Yields
     ------
     dict
-        Module -> test matrix G and Y = G C, each (rank + oversampling + probes, in_features)
-        float32 on the layer's device; it fills up while samples go through.
+        Module -> its sketch, which fills up while samples go through.
     """
     layers = find_targets(model, target_modules)
+    ranks = {name: min(rank, *weight_matrix(layer).shape) for name, layer in layers.items()}
     sketches = {
-        name: _begin(weight_matrix(layer), min(rank, *weight_matrix(layer).shape), f"{seed}:{name}")
-        for name, layer in layers.items()
+        name: _begin(weight_matrix(layers[name]), n, f"{seed}:{name}") for name, n in ranks.items()
     }
-    with _listening(model, layers, _turning(layers, sketches, center, _WEIGHTED)):
+    with _listening(model, layers, _first_run(layers, sketches, center)):
         yield sketches
 
 
@@ -465,85 +493,185 @@ def _sketch(
     center: bool,
     seed: int,
     passes: int,
-    start: dict[str, tuple[Tensor, Tensor]] | None,
+    start: dict[str, Sketch] | None,
     tolerance: float,
 ) -> dict[str, Tensor]:
     weights = {name: weight_matrix(layer) for name, layer in layers.items()}
-    lacking: dict[str, float] = {}
     if start is None:
         sketches = {n: _begin(w, ranks[n], f"{seed}:{n}") for n, w in weights.items()}
-        receive = _turning(layers, sketches, center, _WEIGHTED if passes else 1)
+        receive = _first_run(layers, sketches, center, _WEIGHTED if passes else 0)
         _stream(model, samples, layers, receive, f"sketch, pass 1/{passes + 1}", True)
     else:
         if missing := [name for name in layers if name not in start]:
             raise UserError(f"{missing[0]}: is no target of the sketch to start with")
-        sketches = {name: start.pop(name) for name in layers}
+        sketches = {name: start[name] for name in layers}
         start.clear()
-        # How many times the rows that it started with a module needs.
-        lacking = {
-            name: _least(weight, ranks[name]) / (len(sketches[name][0]) - _PROBES)
-            for name, weight in weights.items()
-        }
-    # Rows that a module needs beyond those of its start are fresh ones in the next run; many more
-    # need one run more to become as good as the others.
-    least = 0 if start is None else 1 + int(max(lacking.values(), default=0) > _GROWTH)
-    runs = max(passes + max(0, least - 1), least)
+    runs = _runs(weights, ranks, sketches, passes)
+    images: dict[str, _Image] = {}
     found: dict[str, Tensor] = {}
     for number in range(runs + 1):
-        _check_finite(layers, {name: sums for name, (_, sums) in sketches.items()})
+        _check_finite(layers, {name: sketch.sums for name, sketch in sketches.items()})
         for name in list(sketches):
-            probed = number in range(max(1, runs))
-            image = _Image(weights[name], *sketches.pop(name), ranks[name], probed)
-            lacks = number == 0 and lacking.get(name, 0) > 1
-            if number == runs or (not lacks and _SAFETY * image.missed() <= tolerance):
+            before = images.pop(name, None)
+            probed = number < runs or number == 0
+            factor = sketches.pop(name).factor(probed, before and before.factor)
+            image = _Image(weights[name], ranks[name], factor, before)
+            enough = len(factor.rows) >= ranks[name]
+            if number == runs or (enough and _SAFETY * image.missed() <= tolerance):
                 found[name] = image.subspace()
                 continue
-            # Y = G C, so this is a step of subspace iteration on (W C)^T (W C): each run through
-            # the samples multiplies by C once.
-            test = image.aim()
-            if lacks:
-                test = _grow(weights[name], test, ranks[name], f"{seed}:{name}:")
+            test = image.aim(f"{seed}:{name}:")
             if number + 1 < runs:
                 test = _probed(test, f"{seed}:{name}:{number + 1}")
-            sketches[name] = test, test.new_zeros(test.shape)
-        del image
+            sketches[name], images[name] = Sketch(test), image
+        del image, factor, before
         if not sketches:
             break
+
+        def receive(name: str, inputs: Tensor, call: _Call) -> None:
+            sketches[name].add(call.rows(inputs, center))
+
         left = {name: layers[name] for name in sketches}
-        what = f"sketch, pass {number + 2}/{runs + 1}"
-        _stream(model, samples, left, _turning({}, sketches, center), what, True)
+        _stream(model, samples, left, receive, f"sketch, pass {number + 2}/{runs + 1}", True)
     return {name: found[name] for name in layers}
 
 
-def _turning(
-    layers: Mapping[str, nn.Module],
-    sketches: dict[str, tuple[Tensor, Tensor]],
-    center: bool,
-    weighted: int = 1,
-) -> Callable[[str, Tensor, _Call], None]:
-    """Return what adds an input to its sketch; those of `layers` turn after 1, 4, 16, ... samples.
+def _runs(
+    weights: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    sketches: Mapping[str, Sketch],
+    passes: int,
+) -> int:
+    """Return how many further runs there may be.
 
-    Towards C alone, which costs no product with the weight, before `weighted` samples, and then
-    towards W C. Turning twice as often gains little.
+    Vectors that a module needs beyond the rows of its start take a run, for which nothing is known
+    of where to aim; where they are many, another one makes them as good as the others.
     """
-    turned: dict[str, int] = {}
+    rows = {name: len(sketch.test) - _PROBES for name, sketch in sketches.items()}
+    short = any(ranks[name] > rows[name] for name in rows)
+    much = any(
+        further_rows(*weights[name].shape, ranks[name]) > _GROWTH * rows[name] for name in rows
+    )
+    return max(passes, int(short)) + int(short and much)
+
+
+def _first_run(
+    layers: Mapping[str, nn.Module],
+    sketches: Mapping[str, Sketch],
+    center: bool,
+    weighted: int = _WEIGHTED,
+) -> Callable[[str, Tensor, _Call], None]:
+    """Return what adds an input to its sketch, which turns after 1, 4, 16, ... samples.
+
+    Towards W C where it has seen `weighted` times as many tokens as it has rows: products of all
+    rows with W cost what 2 tokens a row do in the model. Towards C before.
+    """
+    turned: Counter[str] = Counter()
 
     def receive(name: str, inputs: Tensor, call: _Call) -> None:
         stage = (call.before.bit_length() + 1) // 2  # as many of 1, 4, 16, ... went before
-        if name in layers and stage > turned.get(name, 0):
-            aimed = 4 ** (stage - 1) >= weighted
-            _turn(weight_matrix(layers[name]) if aimed else None, *sketches[name])
-            turned[name] = stage
-        test, sums = sketches[name]
-        rows = call.rows(inputs, center)
-        sums.addmm_((rows @ test.T).T, rows)
+        if stage > turned[name]:
+            sketch, turned[name] = sketches[name], stage
+            heavy = sketch.tokens >= weighted * len(sketch.test)
+            sketch.turn(weight_matrix(layers[name]) if heavy else None)
+        sketches[name].add(call.rows(inputs, center))
 
     return receive
 
 
-def _begin(weight: Tensor, rank: int, key: str) -> tuple[Tensor, Tensor]:
-    test = _probed(_first_test(weight, rank, key), key)
-    return test, test.new_zeros(test.shape)
+def _begin(weight: Tensor, rank: int, key: str) -> Sketch:
+    return Sketch(_probed(_first_test(weight, rank, key), key))
+
+
+class Sketch:
+    """A test matrix G and Y = G C of what was added.
+
+    Parameters
+    ----------
+    test
+        G, (rows, in_features) float32 on the device of what will be added; its last `_PROBES` rows
+        may be probes.
+    """
+
+    def __init__(self, test: Tensor) -> None:
+        self.test, self.sums = test, test.new_zeros(test.shape)
+        self.tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add inputs, (tokens, in_features) float32."""
+        self.sums.addmm_((rows @ self.test.T).T, rows)
+        self.tokens += len(rows)
+
+    def turn(self, weight: Tensor | None) -> None:
+        """Replace G and Y, but for their probes, by G' and Y' = G' C, with C rebuilt from both.
+
+        G' is an orthonormal basis of the rows of Y, or of Y W^T W where a weight is given. Very few
+        tokens say too little.
+        """
+        test, sums = self.test[:-_PROBES], self.sums[:-_PROBES]
+        if _FEW * self.tokens < len(test):
+            return
+        scale = _largest(sums)
+        if not scale.isfinite():
+            return  # reported, with the module's name, at the end of the run
+        sums.div_(scale)
+        shift = _root(test, sums, _noise(sums))  # Y is F^T from here on
+        if weight is None:
+            lower, _ = _cholesky(_product(sums, sums))
+            # F^T = L G' with orthonormal G': G' F F^T = L^T F^T
+            _combine(_inverse(lower), sums, out=test)
+            _combine(lower.T, sums, out=sums)
+        else:
+            test.copy_(_orthonormal_rows(_times(_times(sums, weight.T), weight)))
+            _combine(_product(test, sums), sums, out=sums)
+        sums.addcmul_(test, -shift.float()).mul_(scale)
+
+    def factor(self, probed: bool, before: _Factor | None = None) -> _Factor:
+        """Return C as the sketch shows it; Y is overwritten.
+
+        Parameters
+        ----------
+        probed
+            Whether the last rows are probes.
+        before
+            What was known of C: the sketch adds to it.
+        """
+        return _Factor.of(self.test, self.sums, probed, before)
+
+
+class _Factor(NamedTuple):
+    """C / scale as F F^T.
+
+    `rows` is F^T and `gram` F^T F in float64. `shown` holds the `new` rows that came last and below
+    them what the probes see of C / scale and F F^T does not hold.
+    """
+
+    rows: Tensor
+    gram: Tensor
+    scale: Tensor
+    shown: Tensor
+    new: int
+
+    @classmethod
+    def of(cls, test: Tensor, sums: Tensor, probed: bool, before: _Factor | None) -> _Factor:
+        import torch
+
+        kept = len(test) - _PROBES if probed else len(test)
+        scale = _largest(sums[:kept]) if before is None else before.scale
+        sums.div_(scale)
+        noise = _noise(sums[:kept])
+        if before is not None:  # what is new beside C = F F^T
+            sums -= _combine(_product(test, before.rows), before.rows)
+        _root(test[:kept], sums[:kept], noise)
+        rows = sums[:kept]
+        if probed:
+            sums[kept:] -= _combine(_product(test[kept:], rows), rows)
+        gram = _product(rows, rows)
+        if before is not None:
+            across = _product(before.rows, rows)
+            gram = _bordered(before.gram, across, gram)
+            rows = torch.cat([before.rows, rows])
+        return cls(rows, gram, scale, sums, kept)
 
 
 def _probed(test: Tensor, key: str) -> Tensor:
@@ -562,14 +690,6 @@ def _random(rows: int, columns: int, key: str) -> Tensor:
     return torch.randn(rows, columns, generator=generator)
 
 
-def _grow(weight: Tensor, test: Tensor, rank: int, key: str) -> Tensor:
-    """Return a test matrix with fresh rows besides, as many as this rank takes."""
-    import torch
-
-    fresh = _first_test(weight, rank, key)[: _least(weight, rank) - len(test)]
-    return _orthonormal_rows(torch.cat([test, fresh]))
-
-
 def sketch_rows(out_features: int, in_features: int, rank: int) -> int:
     """Return the rows of a sketch: the rank and an oversampling.
 
@@ -580,37 +700,15 @@ def sketch_rows(out_features: int, in_features: int, rank: int) -> int:
     return min(rank + max(32, math.ceil(wide * rank)), out_features, in_features)
 
 
-def _least(weight: Tensor, rank: int) -> int:
-    """Return the rows that a sketch needs which began with another rank."""
-    return min(rank + max(32, math.ceil(rank / 4)), *weight.shape)
+def further_rows(out_features: int, in_features: int, rank: int) -> int:
+    """Return the rows of a further run, which is aimed: the rank and a smaller oversampling."""
+    return min(rank + max(32, math.ceil(rank / 4)), out_features, in_features)
 
 
 def _first_test(weight: Tensor, rank: int, key: str) -> Tensor:
     """Return orthonormal random rows: (rank + oversampling, in_features)."""
     rows = _random(sketch_rows(*weight.shape, rank), weight.shape[1], key)
     return _orthonormal_rows(rows.to(weight.device))
-
-
-def _turn(weight: Tensor | None, test: Tensor, sums: Tensor) -> None:
-    """Replace G and Y, but for their probes, by G' and Y' = G' C, with C rebuilt from G and Y.
-
-    G' is an orthonormal basis of the rows of Y, or of Y W^T W where a weight is given.
-    """
-    test, sums = test[:-_PROBES], sums[:-_PROBES]
-    scale = _largest(sums)
-    if not scale.isfinite():
-        return  # reported, with the module's name, at the end of the run
-    shift = _factor(test, sums, scale)  # Y is F^T from here on
-    if weight is None:
-        lower, _ = _cholesky(_product(sums, sums))
-        # F^T = L G' with orthonormal G': G' F F^T = L^T F^T
-        _combine(_inverse(lower), sums, out=test)
-        _combine(lower.T, sums, out=sums)
-    else:
-        aimed = _times(_times(sums, weight.T), weight)
-        test.copy_(_orthonormal_rows(aimed))
-        _combine(_product(test, sums), sums, out=sums)
-    sums.addcmul_(test, -shift.float()).mul_(scale)
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -703,20 +801,13 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _orthonormal_rows(rows: Tensor) -> Tensor:
     """Return an orthonormal basis of float32 rows, by matrix products where they allow."""
-    lower, basis = _triangular(rows)
-    return _combine(_inverse(lower), rows, out=rows) if basis is None else basis
-
-
-def _triangular(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return L and Q of rows = L Q with orthonormal Q; Q is None where it is L^-1 rows."""
     import torch
 
     lower, failed = _cholesky(_product(rows, rows))
     diagonal = lower.diagonal()
     if failed or not diagonal.min() > 1e-6 * diagonal.max():
-        basis = torch.linalg.qr(rows.double().T).Q.T.float().contiguous()
-        return _product(rows, basis), basis
-    return lower, None
+        return torch.linalg.qr(rows.double().T).Q.T.float().contiguous()
+    return _combine(_inverse(lower), rows, out=rows)
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -726,18 +817,32 @@ def _largest(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, torch.inf).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def _factor(test: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
+def _bordered(matrix: Tensor, across: Tensor, last: Tensor) -> Tensor:
+    """Return the symmetric matrix of these blocks."""
+    import torch
+
+    return torch.cat([torch.cat([matrix, across], 1), torch.cat([across.T, last], 1)])
+
+
+def _noise(sums: Tensor) -> Tensor:
+    """Return what lies below the rounding of float32 sums."""
+    import torch
+
+    tiny = torch.finfo(torch.float32).tiny
+    return (torch.finfo(torch.float32).eps * sums.norm()).clamp_min(tiny).double()
+
+
+def _root(test: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
     """Write F^T of the Nystrom reconstruction C + v = Y^T (Y G^T)^-1 Y = F F^T over Y; return v.
 
-    C and Y are divided by `scale` first. Y is a float32 sum: what lies below its rounding is noise,
-    which the inverse would blow up. So C is shifted by that much: Y becomes Y + v G.
+    Y is a float32 sum: what lies below its rounding is noise, which the inverse would blow up. So C
+    is shifted by that much: Y becomes Y + v G.
     """
     import torch
 
-    core = _product(sums, test) / scale
+    core = _product(sums, test)
     core = (core + core.T) / 2
-    tiny = torch.finfo(torch.float32).tiny
-    shift = (torch.finfo(torch.float32).eps * (sums.norm() / scale)).clamp_min(tiny).double()
+    shift = noise
     while True:
         # G's rows are orthonormal to float32: v G G^T = v
         lower, failed = _cholesky(core + shift * torch.eye(len(core)).to(core))
@@ -746,7 +851,7 @@ def _factor(test: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
         shift = 4 * shift
     inverse = _inverse(lower)
     for block, (shifted, also) in _doubled(sums, test):
-        shifted.div_(scale).addcmul_(also, shift)
+        shifted.addcmul_(also, shift)
         sums[:, block] = torch.mm(inverse, shifted, out=also)
     return shift
 
@@ -758,58 +863,74 @@ class _Image:
     ----------
     weight
         (out_features, in_features).
-    test, sums
-        G and Y, which is overwritten; with `probed` their last rows are probes.
     rank
         Number of vectors that are asked for.
-    probed
-        Whether `missed` is wanted.
+    factor
+        Of C.
+    before
+        The image of what was known before; it is used up.
     """
 
-    def __init__(self, weight: Tensor, test: Tensor, sums: Tensor, rank: int, probed: bool) -> None:
-        kept = len(test) - _PROBES if probed else len(test)
-        self.weight, self.rank = weight, rank
-        scale = _largest(sums[:kept])
-        self.factor = sums[:kept]
-        _factor(test[:kept], self.factor, scale)
-        self.image = _times(self.factor, weight.T)
-        # what the probes see of C / scale and F F^T does not hold
-        rest = sums[kept:] / scale
-        if probed:
-            rest -= _combine(_product(test[kept:], self.factor), self.factor)
-        self.thrown = _times(rest, weight.T)
+    def __init__(
+        self, weight: Tensor, rank: int, factor: _Factor, before: _Image | None = None
+    ) -> None:
+        import torch
+
+        self.weight, self.rank, self.factor = weight, rank, factor
+        shown = _times(factor.shown, weight.T)
+        self.image: Tensor | None = shown[: factor.new]
+        self.thrown = shown[factor.new :]
+        self.core = _product(self.image, self.image)
+        if before is None:
+            return
+        if before.image is None and len(self.thrown):
+            before.image = _times(before.factor.rows, weight.T)
+        if before.image is None:
+            across = _product(before.factor.rows, _times(self.image, weight))
+            self.image = None
+        else:
+            across = _product(before.image, self.image)
+            self.image = torch.cat([before.image, self.image])
+        self.core = _bordered(before.core, across, self.core)
 
     @functools.cached_property
-    def basis(self) -> tuple[Tensor, Tensor | None]:
-        """F^T = L Q, as `_triangular` gives it."""
-        return _triangular(self.factor)
+    def right(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return L of F^T F = L L^T, the squared singular values of W F F^T, falling, and its right
+        singular vectors V in the basis L^-1 F^T, which is orthonormal.
 
-    @functools.cached_property
-    def right(self) -> tuple[Tensor, Tensor]:
-        """Return the largest squared singular values of W F F^T and its right singular vectors.
-
-        W F F^T = (F^T W^T)^T L Q: they are those of a small matrix, turned by Q.
+        W F F^T = (L^T F^T W^T)^T (L^-1 F^T): they are those of a small matrix.
         """
         import torch
 
-        turn, _ = self.basis
-        image = self.image.double()
+        gram = self.factor.gram
+        ridge = (_RIDGE * gram.diagonal().max()).clamp_min(torch.finfo(gram.dtype).tiny)
+        lower, _ = _cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
         # on the host, where small matrices take the least time
-        small = (turn.T @ (image @ image.T) @ turn).cpu()
+        small = (lower.T @ self.core @ lower).cpu()
         with _one_thread():
             values, vectors = torch.linalg.eigh(small / _largest(small))
-        values = values.flip(0)[: self.rank].clamp_min(0) * _largest(small)
-        return values.to(turn.device), vectors.flip(1)[:, : self.rank].to(turn.device)
+        values = values.flip(0).clamp_min(0) * _largest(small)
+        return lower, values.to(lower.device), vectors.flip(1).to(lower.device)
 
     def subspace(self) -> Tensor:
         """Return the top right singular vectors as `input_subspaces` does."""
         import torch
 
-        _, vectors = self.right
-        lower, rows = self.basis
-        if rows is None:
-            vectors = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
-        return _finish(_combine(vectors.T, self.factor if rows is None else rows))
+        lower, _, vectors = self.right
+        turn = torch.linalg.solve_triangular(lower.T, vectors[:, : self.rank], upper=True)
+        return _finish(_orthonormal_rows(_combine(turn.T, self.factor.rows)))
+
+    def left(self, count: int) -> Tensor:
+        """Return the top left singular vectors as rows, (count, out_features) float64.
+
+        Those of no strength are zero.
+        """
+        import torch
+
+        lower, values, vectors = self.right
+        values = values[:count]
+        scale = torch.where(values > _NONE * values[0], values.rsqrt(), 0)
+        return (lower @ (vectors[:, :count] * scale)).T @ self.image.double()
 
     def missed(self) -> float:
         """Return an estimate of the share of the energy ||W C A^T||^2 that is missed.
@@ -818,34 +939,42 @@ class _Image:
         gives a loss of about ||U^T W E||^2, to second order. Beside it counts what W E holds
         elsewhere, where single directions of it are stronger than the weakest that were found: U
         is blind to them. Both are means over the probes, normal rows. On spectra that fall it was
-        within a factor of 1.5 of what was missed, on flat ones within 3.
+        half to nine tenths of what was missed, on flat ones at least a third.
         """
         import torch
 
-        values, vectors = self.right
-        turn, _ = self.basis
-        left = (self.image.double().T @ (turn @ vectors)) / values.clamp_min(_TINY).sqrt()
+        values = self.right[1][: self.rank]
+        left = self.left(self.rank).T
         thrown = self.thrown.double()
         inside = thrown @ left
         elsewhere = thrown - inside @ left.T
         strengths = torch.linalg.eigvalsh((elsewhere @ elsewhere.T).cpu())
-        # what all probes see alike is the sum of many weak directions
-        strong = (strengths - strengths[0]).flip(0) / len(thrown)
+        # what all probes see about alike is the sum of many weak directions: nothing stands out as
+        # far above the middle as this reaches, twice what the least lies below it
+        middle = strengths.median()
+        strong = (strengths - middle - 2 * (middle - strengths[0])).flip(0) / len(thrown)
         weakest = values.flip(0)[: len(strong)].cpu()
         swapped = (strong[: len(weakest)] - weakest).clamp_min(0).sum()
         lost = inside.pow(2).sum().cpu() / len(thrown) + swapped
         return (lost / values.sum().cpu().clamp_min(_TINY)).item()
 
-    def aim(self) -> Tensor:
-        """Return the next run's test matrix, an orthonormal basis of the rows of Y W^T W.
+    def aim(self, key: str) -> Tensor:
+        """Return the next run's test matrix G: an orthonormal basis of U^T W and of random rows.
 
-        They are those of F^T W^T W, whose condition is only the root of it. What the probes see
-        beyond comes with them.
+        U holds the top left singular vectors, a few more than are asked for, and what the probes
+        see beyond: of the true ones, G C would hold the right singular vectors of W C. As many as
+        are asked for and were not found take random rows. A large image is dropped.
         """
         import torch
 
-        image = self.image
-        if len(image) + len(self.thrown) <= min(self.weight.shape) and self.thrown.any():
-            size = _largest(image) / _largest(self.thrown)
-            image = torch.cat([image, self.thrown * size])
-        return _orthonormal_rows(_times(image, self.weight))
+        count = further_rows(*self.weight.shape, self.rank)
+        left = self.left(count).float()
+        if self.thrown.any() and count + len(self.thrown) <= min(self.weight.shape):
+            left = torch.cat([left, torch.nn.functional.normalize(self.thrown, eps=1e-30)])
+        test = _times(left, self.weight)
+        if (fresh := count - len(self.right[1])) > 0:
+            random = _random(fresh, test.shape[1], key).to(test)
+            test = torch.cat([test, random * (test.norm() / random.norm())])
+        if self.image.numel() > self.factor.rows.numel():
+            self.image, self.thrown = None, None
+        return _orthonormal_rows(test)

@@ -37,6 +37,7 @@ from pathlib import Path
 import measuring
 
 RATIO = 11008 / 4096
+LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def build(options: argparse.Namespace, structured: bool = True):
@@ -208,19 +209,23 @@ def operations(layers: dict, options: argparse.Namespace, further: bool) -> dict
 
     `further`: whether the sketch has a run of its own beside the sensitivity's passes.
     """
-    from tlora.subspace import sketch_rows
+    from tlora.subspace import further_rows, sketch_rows
 
     tokens = options.samples * options.tokens
     weights = sum(layer.weight.numel() for layer in layers.values())
     head = options.vocabulary * options.width
-    sizes = {n: sketch_rows(*layer.weight.shape, options.rank) for n, layer in layers.items()}
-    stream = sum(sizes[n] * layer.weight.shape[1] for n, layer in layers.items())
-    product = sum(sizes[n] * layer.weight.numel() for n, layer in layers.items())
+    streamed = product = 0
+    for layer in layers.values():
+        shape = layer.weight.shape
+        first = sketch_rows(*shape, options.rank)
+        again = further * further_rows(*shape, options.rank)
+        streamed += (first + again) * shape[1]
+        product += (first + 2 * again) * layer.weight.numel()
     return {
         "sensitivity's passes": tokens * (6 * weights + 4 * head),
         "the sketch's own forward pass": further * tokens * 2 * weights,
-        "streaming the sketch": (1 + further) * tokens * 4 * stream,
-        "products of the sketch with the weights": (2 + 4 * further) * product,
+        "streaming the sketch": tokens * 4 * streamed,
+        "products of the sketch with the weights": 2 * product,
     }
 
 
@@ -596,7 +601,7 @@ def main() -> None:
         whole(options)
     elif options.layer_7b:
         options.width, options.layers, options.rank = 4096, 1, 128
-        compare(options, ("q_proj", "down_proj"))
+        compare(options, LAYER)
     elif options.peft:
         peft_methods(options)
     elif options.disk:

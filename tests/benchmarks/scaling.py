@@ -43,7 +43,7 @@ def cost(options: argparse.Namespace) -> tuple[float, float, int]:
         options.repeat,
     )
     with sketching(model, "all-linear", options.rank) as start:
-        size = sum(4 * (test.numel() + sums.numel()) for test, sums in start.values())
+        size = sum(4 * (sketch.test.numel() + sketch.sums.numel()) for sketch in start.values())
     return spent["sensitivity"], spent["subspaces"], size
 
 

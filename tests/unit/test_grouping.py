@@ -98,7 +98,7 @@ def test_sketch_is_that_of_each_alone(tiny, sizes, alone, family, center):
         exact = subspace.covariances(model, samples, [name], center)[0][name] * len(samples)
         for sketch in sketches:
             # They are not turned, so that they show C to rounding: no trial, no padding is in it.
-            test, sums = (part[probes] for part in sketch[name])
+            test, sums = sketch[name].test[probes], sketch[name].sums[probes]
             torch.testing.assert_close(sums, test @ exact, rtol=1e-4, atol=1e-3)
 
 

@@ -314,7 +314,7 @@ def test_further_runs_are_for_those_that_need_them(tiny_base, monkeypatch):
         streams.clear()
         found = input_subspaces(model, samples, ranks, passes=2, tolerance=tolerance)
         first = dict(zip(ranks, estimated[: len(ranks)], strict=True))
-        left = [name for name in ranks if 4 * first[name] > tolerance]
+        left = [name for name in ranks if home._SAFETY * first[name] > tolerance]
         assert streams[:2] == [list(ranks), left] if left else streams == [list(ranks)]
         for name in ranks.keys() - set(left):
             reference = energy(weights[name], sums[False][name], exact[False][name][:8])
@@ -355,16 +355,48 @@ def test_what_only_late_samples_hold_is_found(monkeypatch):
 def test_much_larger_ranks_than_expected_take_a_further_run(tiny, rows, monkeypatch):
     model, samples = tiny("llama"), rows("llama")
     monkeypatch.setattr(home, "sketch_rows", lambda rows, columns, rank: rank)
-    monkeypatch.setattr(home, "_least", lambda weight, rank: rank)
+    monkeypatch.setattr(home, "further_rows", lambda rows, columns, rank: rank)
     runs = []
     original = home._stream
     monkeypatch.setattr(home, "_stream", lambda *args: (runs.append(1), original(*args))[1])
-    for rank, passes, count in ((4, 1, 1), (4, 0, 1), (4, 2, 2), (5, 1, 1), (6, 1, 2)):
+    for rank, passes, count in ((4, 1, 1), (4, 0, 0), (4, 2, 2), (5, 0, 1), (5, 1, 1), (6, 1, 2)):
         runs.clear()
         found = shared(model, samples, 4, uniform(model, rank), passes=passes)
         assert len(runs) == count
         for one in found.values():
             torch.testing.assert_close(one @ one.T, torch.eye(rank), atol=1e-4, rtol=0)
+
+
+def seen(test, covariance):
+    sketch = home.Sketch(test)
+    sketch.sums += test @ covariance
+    return sketch
+
+
+@pytest.mark.parametrize("shape", [(30, 80), (120, 80)])
+def test_a_further_run_adds_to_what_is_known(shape):
+    """C is rebuilt as from all rows of both runs, and so is W C, tall or wide."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    basis = torch.linalg.qr(torch.randn(80, 80)).Q
+    covariance = (basis * torch.logspace(0, -4, 80)) @ basis.T
+    first = home._orthonormal_rows(torch.randn(20, 80))
+    image = home._Image(weight, 5, seen(home._probed(first, "a"), covariance).factor(True))
+    test = image.aim("a")
+    assert len(test) == min(5 + 32 + home._PROBES, shape[0])
+    factor = seen(test, covariance).factor(False, image.factor)
+    rows = torch.cat([first, test]).double()
+    sums = rows @ covariance.double()
+    expected = sums.T @ torch.linalg.pinv(sums @ rows.T, rtol=1e-9) @ sums
+    found = factor.scale * factor.rows.double().T @ factor.rows.double()
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    right = torch.linalg.svd(weight.double() @ expected).Vh[:5]
+    for before in (image, home._Image(weight, 5, image.factor)):
+        after = home._Image(weight, 5, factor, before)
+        assert (after.image is None) == (before is image and shape[0] > 80)
+        assert min_cosine(after.subspace(), right) > 1 - 1e-6
+    alone = home._Image(weight, 5, image.factor).subspace()
+    assert min_cosine(alone, right) < 1 - 1e-4, "the first run did not show it all"
 
 
 def test_what_checkpointing_runs_again_counts_once(tiny, rows):
@@ -376,8 +408,9 @@ def test_what_checkpointing_runs_again_counts_once(tiny, rows):
         with home.sketching(model, "all-linear", 4) as start:
             sensitivity(model, rows("llama"), "all-linear")
         sketches.append(start)
-    for name, (_, sums) in sketches[0].items():
-        torch.testing.assert_close(sketches[1][name][1], sums, rtol=1e-4, atol=1e-5)
+    for name, sketch in sketches[0].items():
+        torch.testing.assert_close(sketches[1][name].sums, sketch.sums, rtol=1e-4, atol=1e-5)
+        assert sketches[1][name].tokens == sketch.tokens > 0
 
 
 def test_start_of_other_targets_is_refused(tiny, rows):
