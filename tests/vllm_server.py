@@ -41,7 +41,12 @@ def vllm_server(
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", port]
     command += ["--max-model-len", 512, "--enable-lora", *options]
-    environment = {**environment, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    # The engine's process runs the model itself, as in a job; one more would load vLLM again.
+    environment = {
+        **environment,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             list(map(str, command)), env=environment, stdout=file, stderr=file

@@ -336,6 +336,10 @@ def batches(options: argparse.Namespace) -> None:
 
 BENCHMARKS = ("arithmetic", "choice")
 IDENTITY = {"dtype": "float32", "architecture": "causal"}
+THREADED = {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
+"""Environment of the server: as many threads as the engines of jobs have together."""
+PLAIN = ("--disable-log-stats", "--disable-uvicorn-access-log", "--no-enable-prefix-caching")
+"""What the engine of a job goes without, too."""
 
 
 def adapters(folder: Path, count: int) -> list[Path]:
@@ -444,7 +448,7 @@ def server(options: argparse.Namespace) -> None:
 
         def shared() -> None:
             log, lora = folder / "server.log", ("--max-lora-rank", 8, "--max-loras", 4)
-            with vllm_server(python, TINY, log, env, *lora) as url:
+            with vllm_server(python, TINY, log, env | THREADED, *PLAIN, *lora) as url:
                 at = time.perf_counter()
                 todo = jobs(exports, folder / "shared", limit, url)
                 work_off(Path(sys.executable), todo, THREADS, os.environ | settings)
@@ -463,7 +467,8 @@ def server(options: argparse.Namespace) -> None:
         f"vLLM: {runs} adapters x {len(BENCHMARKS)} benchmarks x {limit} prompts on the tiny model "
         f"(start and end of the server included: {seconds_shared - phases['jobs']:.0f} s; "
         f"{equal} of {len(picked)} files equal); theirs: an engine for each job, "
-        f"{len(picked)} of {len(own)} jobs timed; both: {THREADS} jobs at once, 1 thread each",
+        f"{len(picked)} of {len(own)} jobs timed, 1 thread each; both: {THREADS} jobs at once; the "
+        f"server has {THREADS} threads",
         f"{seconds_shared:.0f} s",
         f"{whole:.0f} s",
         faster(seconds_shared, whole),

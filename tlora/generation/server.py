@@ -5,6 +5,11 @@ and takes adapters at run time. How it is started:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --dtype DTYPE --enable-lora \
         --max-lora-rank 64 --max-loras 4
+
+On a CPU `VLLM_ENABLE_V1_MULTIPROCESSING=0` before it leaves out a process, which would load vLLM
+once more and have another one wait for it in a loop. vLLM then ties no threads to cores:
+`OMP_NUM_THREADS` says how many, and `OMP_WAIT_POLICY=passive` leaves the cores to the jobs between
+steps. On one GPU there is no such process.
 """
 
 from __future__ import annotations
@@ -33,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("TLORA_SERVER_KEY", "OPENAI_API_KEY")
 """Where the key is looked for: the first variable that is set."""
-PARALLEL = 64
-"""Requests that a job has under way."""
+PARALLEL = 128
+"""Requests that a job has under way: fewer leave rows of the server's batches empty."""
 GROUP = 32
 """Completions that are handed on at a time; fewer lose less when a job is killed."""
 WAITS = (1, 2, 4, 8, 16, 32)
