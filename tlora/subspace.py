@@ -868,7 +868,8 @@ class _Image:
     factor
         Of C.
     before
-        The image of what was known before; it is used up.
+        The image of what was known before; `aim` dropped it, and it is made again where it is
+        needed, for another further run.
     """
 
     def __init__(
@@ -878,20 +879,13 @@ class _Image:
 
         self.weight, self.rank, self.factor = weight, rank, factor
         shown = _times(factor.shown, weight.T)
-        self.image: Tensor | None = shown[: factor.new]
-        self.thrown = shown[factor.new :]
+        self.image, self.thrown = shown[: factor.new], shown[factor.new :]
         self.core = _product(self.image, self.image)
-        if before is None:
-            return
-        if before.image is None and len(self.thrown):
-            before.image = _times(before.factor.rows, weight.T)
-        if before.image is None:
+        if before is not None:
             across = _product(before.factor.rows, _times(self.image, weight))
-            self.image = None
-        else:
-            across = _product(before.image, self.image)
-            self.image = torch.cat([before.image, self.image])
-        self.core = _bordered(before.core, across, self.core)
+            self.core = _bordered(before.core, across, self.core)
+            if len(self.thrown):
+                self.image = torch.cat([_times(before.factor.rows, weight.T), self.image])
 
     @functools.cached_property
     def right(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -963,7 +957,7 @@ class _Image:
 
         U holds the top left singular vectors, a few more than are asked for, and what the probes
         see beyond: of the true ones, G C would hold the right singular vectors of W C. As many as
-        are asked for and were not found take random rows. A large image is dropped.
+        are asked for and were not found take random rows. The image is dropped, to save memory.
         """
         import torch
 
@@ -975,6 +969,5 @@ class _Image:
         if (fresh := count - len(self.right[1])) > 0:
             random = _random(fresh, test.shape[1], key).to(test)
             test = torch.cat([test, random * (test.norm() / random.norm())])
-        if self.image.numel() > self.factor.rows.numel():
-            self.image, self.thrown = None, None
+        del self.image, self.thrown
         return _orthonormal_rows(test)
