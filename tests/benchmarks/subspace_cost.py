@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tlora import input_subspaces
 from tlora.modules import find_targets, weight_matrix
-from tlora.subspace import covariances
+from tlora.subspace import covariances, sketch_rows
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
         if algorithm == "exact":
             exact = {name: energy(name, rows) for name, rows in found.items()}
         else:
-            oversampled = {n: r + max(32, -(-5 * r // 4)) for n, r in ranks.items()}
-            kept = 2 * sum(min(oversampled[n], *w.shape) * w.shape[1] for n, w in weights.items())
+            shapes = {name: weight.shape for name, weight in weights.items()}
+            kept = 2 * sum(sketch_rows(*s, ranks[n]) * s[1] for n, s in shapes.items())
         least = min(energy(name, rows) / exact[name] for name, rows in found.items())
         print(f"{algorithm:9}  {passes:6}  {seconds:8.2f}  {kept:13}  {least:13.7f}")
 
