@@ -636,26 +636,9 @@ class Sketch:
         before
             What was known of C: the sketch adds to it.
         """
-        return _Factor.of(self.test, self.sums, probed, before)
-
-
-class _Factor(NamedTuple):
-    """C / scale as F F^T.
-
-    `rows` is F^T and `gram` F^T F in float64. `shown` holds the `new` rows that came last and below
-    them what the probes see of C / scale and F F^T does not hold.
-    """
-
-    rows: Tensor
-    gram: Tensor
-    scale: Tensor
-    shown: Tensor
-    new: int
-
-    @classmethod
-    def of(cls, test: Tensor, sums: Tensor, probed: bool, before: _Factor | None) -> _Factor:
         import torch
 
+        test, sums = self.test, self.sums
         kept = len(test) - _PROBES if probed else len(test)
         scale = _largest(sums[:kept]) if before is None else before.scale
         sums.div_(scale)
@@ -671,7 +654,21 @@ class _Factor(NamedTuple):
             across = _product(before.rows, rows)
             gram = _bordered(before.gram, across, gram)
             rows = torch.cat([before.rows, rows])
-        return cls(rows, gram, scale, sums, kept)
+        return _Factor(rows, gram, scale, sums, kept)
+
+
+class _Factor(NamedTuple):
+    """C / scale as F F^T.
+
+    `rows` is F^T and `gram` F^T F in float64. `shown` holds the `new` rows that came last and below
+    them what the probes see of C / scale and F F^T does not hold.
+    """
+
+    rows: Tensor
+    gram: Tensor
+    scale: Tensor
+    shown: Tensor
+    new: int
 
 
 def _probed(test: Tensor, key: str) -> Tensor:
@@ -914,14 +911,16 @@ class _Image:
         turn = torch.linalg.solve_triangular(lower.T, vectors[:, : self.rank], upper=True)
         return _finish(_orthonormal_rows(_combine(turn.T, self.factor.rows)))
 
-    def left(self, count: int) -> Tensor:
-        """Return the top left singular vectors as rows, (count, out_features) float64.
+    @functools.cached_property
+    def left(self) -> Tensor:
+        """Return the top left singular vectors as rows, (`further_rows`, out_features) float64.
 
-        Those of no strength are zero.
+        Those of no strength are zero; there are no more than rows of the factor.
         """
         import torch
 
         lower, values, vectors = self.right
+        count = further_rows(*self.weight.shape, self.rank)
         values = values[:count]
         scale = torch.where(values > _NONE * values[0], values.rsqrt(), 0)
         return (lower @ (vectors[:, :count] * scale)).T @ self.image.double()
@@ -938,7 +937,7 @@ class _Image:
         import torch
 
         values = self.right[1][: self.rank]
-        left = self.left(self.rank).T
+        left = self.left[: self.rank].T
         thrown = self.thrown.double()
         inside = thrown @ left
         elsewhere = thrown - inside @ left.T
@@ -957,17 +956,18 @@ class _Image:
 
         U holds the top left singular vectors, a few more than are asked for, and what the probes
         see beyond: of the true ones, G C would hold the right singular vectors of W C. As many as
-        are asked for and were not found take random rows. The image is dropped, to save memory.
+        are asked for and were not found take random rows. What the next run does not build on is
+        dropped: it would wait for it in memory.
         """
         import torch
 
         count = further_rows(*self.weight.shape, self.rank)
-        left = self.left(count).float()
+        left = self.left.float()
         if self.thrown.any() and count + len(self.thrown) <= min(self.weight.shape):
             left = torch.cat([left, torch.nn.functional.normalize(self.thrown, eps=1e-30)])
         test = _times(left, self.weight)
-        if (fresh := count - len(self.right[1])) > 0:
+        if (fresh := count - len(self.left)) > 0:
             random = _random(fresh, test.shape[1], key).to(test)
             test = torch.cat([test, random * (test.norm() / random.norm())])
-        del self.image, self.thrown
+        del self.image, self.thrown, self.left, self.right
         return _orthonormal_rows(test)
